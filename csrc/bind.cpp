@@ -1,0 +1,180 @@
+// The Python module sslfast._C. Addresses come in as integers from sslfast/ops/_backend.py, which has checked device,
+// dtype, contiguity and size of the tensors behind them; positions inside those tensors are checked here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/pair_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/similarity_lse.h"
+
+namespace py = pybind11;
+using namespace sslfast;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// One call of the op on the CPU: what its tiles share. The tensors behind the addresses must outlive the object.
+template <class T>
+class SimilarityLseTiles {
+ public:
+  SimilarityLseTiles(int64_t m, int64_t n, int64_t d, uintptr_t a, uintptr_t b, uintptr_t scale, uintptr_t bias,
+                     uintptr_t a_ids, uintptr_t b_ids, bool same, bool self, bool symmetric, int64_t max_cols,
+                     int threads)
+      : kernels_(similarity_lse_kernels<T>(active_isa())), max_cols_(max_cols) {
+    if (m < 0 || n < 0 || d < 0 || max_cols < 1 || threads < 1) throw std::invalid_argument("sizes must be positive");
+    if ((a_ids == 0) != (b_ids == 0)) throw std::invalid_argument("a_ids and b_ids come together");
+    p_.m = m, p_.n = n, p_.d = d;
+    p_.a = at<T>(a), p_.b = at<T>(b), p_.scale = at<T>(scale), p_.bias = at<T>(bias);
+    p_.a_ids = at<int64_t>(a_ids), p_.b_ids = at<int64_t>(b_ids);
+    p_.same = same, p_.self = self, p_.symmetric = symmetric, p_.threads = threads;
+    scratch_.resize(static_cast<size_t>(threads) * SimilarityLse<T>::scratch_size(max_cols));
+    p_.scratch = scratch_.data();
+    py::gil_scoped_release unlocked;
+    kernels_.prepare(p_);
+  }
+
+  // row_state [2, m] and col_state [2, n] (or 0): running maxima and sums, filled here.
+  void begin_forward(uintptr_t row_state, uintptr_t col_state) {
+    const auto begin = [](uintptr_t state, int64_t count, T*& max, T*& sum) {
+      max = at<T>(state), sum = state ? max + count : nullptr;
+      if (!state) return;
+      std::fill_n(max, count, -std::numeric_limits<T>::infinity());
+      std::fill_n(sum, count, T(0));
+    };
+    begin(row_state, p_.m, p_.row_max, p_.row_sum);
+    begin(col_state, p_.n, p_.col_max, p_.col_sum);
+    stage_ = Stage::forward;
+  }
+
+  void forward(uintptr_t tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
+    check(Stage::forward, r0, rows, c0, cols);
+    py::gil_scoped_release unlocked;
+    kernels_.forward_tile(p_, at<T>(tile), r0, rows, c0, cols);
+  }
+
+  void finish_forward(uintptr_t row_lse, uintptr_t col_lse) {
+    check(Stage::forward, 0, 0, 0, 0);
+    py::gil_scoped_release unlocked;
+    kernels_.finish(p_, p_.row_max, p_.row_sum, at<T>(row_lse), p_.m);
+    if (p_.col_sum && col_lse) kernels_.finish(p_, p_.col_max, p_.col_sum, at<T>(col_lse), p_.n);
+  }
+
+  // row_work [2, m] and col_work [2, n] are room for weights and shifts; h, col_lse, col_work and dbias may be 0.
+  void begin_backward(uintptr_t g, uintptr_t row_lse, uintptr_t row_work, uintptr_t h, uintptr_t col_lse,
+                      uintptr_t col_work, uintptr_t dbias) {
+    p_.row_weight = at<T>(row_work), p_.row_shift = p_.row_weight + p_.m;
+    p_.col_weight = at<T>(col_work), p_.col_shift = col_work ? p_.col_weight + p_.n : nullptr;
+    p_.dbias = at<T>(dbias);
+    stage_ = Stage::backward;
+    const auto fill = [&] {
+      const bool rows = kernels_.weights(p_, at<T>(g), at<T>(row_lse), p_.row_weight, p_.row_shift, p_.m);
+      return (!h || kernels_.weights(p_, at<T>(h), at<T>(col_lse), p_.col_weight, p_.col_shift, p_.n)) && rows;
+    };
+    py::gil_scoped_release unlocked;
+    if (fill()) return;
+    p_.safe = false, p_.shift = 0;  // a very large upstream gradient
+    fill();
+  }
+
+  void backward(uintptr_t tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
+    check(Stage::backward, r0, rows, c0, cols);
+    py::gil_scoped_release unlocked;
+    kernels_.backward_tile(p_, at<T>(tile), r0, rows, c0, cols);
+  }
+
+  bool safe() const { return p_.safe; }
+
+ private:
+  enum class Stage { prepared, forward, backward };
+
+  void check(Stage stage, int64_t r0, int64_t rows, int64_t c0, int64_t cols) const {
+    if (stage != stage_) throw std::logic_error("begin_forward or begin_backward comes first");
+    const bool inside = r0 >= 0 && rows >= 0 && rows <= p_.m - r0 && c0 >= 0 && cols >= 0 && cols <= p_.n - c0;
+    if (!inside || cols > max_cols_) throw std::out_of_range("tile outside of the matrix");
+  }
+
+  const SimilarityLseKernels<T>& kernels_;
+  SimilarityLse<T> p_{};
+  std::vector<T> scratch_;
+  int64_t max_cols_;
+  Stage stage_ = Stage::prepared;
+};
+
+template <class T>
+void bind_similarity_lse(py::module_& m, const char* name) {
+  using Tiles = SimilarityLseTiles<T>;
+  py::class_<Tiles>(m, name)
+      .def(py::init<int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, bool,
+                    bool, bool, int64_t, int>(),
+           py::arg("m"), py::arg("n"), py::arg("d"), py::arg("a"), py::arg("b"), py::arg("scale"), py::arg("bias"),
+           py::arg("a_ids"), py::arg("b_ids"), py::arg("same"), py::arg("self"), py::arg("symmetric"),
+           py::arg("max_cols"), py::arg("threads"))
+      .def("begin_forward", &Tiles::begin_forward)
+      .def("forward", &Tiles::forward)
+      .def("finish_forward", &Tiles::finish_forward)
+      .def("begin_backward", &Tiles::begin_backward)
+      .def("backward", &Tiles::backward)
+      .def_property_readonly("safe", &Tiles::safe);
+}
+
+template <class T>
+PairRows<T> pair_rows_of(int64_t n, int64_t d, uintptr_t z, uintptr_t norm, double eps, int threads) {
+  if (n < 0 || d < 0 || threads < 1) throw std::invalid_argument("sizes must be positive");
+  return {n, d, threads, static_cast<T>(eps), at<T>(z), at<T>(norm)};
+}
+
+template <class T>
+void pair_rows_fwd(int64_t n, int64_t d, uintptr_t x, uintptr_t y, uintptr_t z, uintptr_t norm, uintptr_t positive,
+                   double eps, int threads) {
+  const PairRows<T> p = pair_rows_of<T>(n, d, z, norm, eps, threads);
+  pair_rows_kernels<T>(active_isa()).forward(p, at<T>(x), at<T>(y), at<T>(positive));
+}
+
+template <class T>
+void pair_rows_bwd(int64_t n, int64_t d, uintptr_t dz, uintptr_t dpositive, uintptr_t z, uintptr_t norm, uintptr_t dx,
+                   uintptr_t dy, double eps, int threads) {
+  const PairRows<T> p = pair_rows_of<T>(n, d, z, norm, eps, threads);
+  pair_rows_kernels<T>(active_isa()).backward(p, at<T>(dz), at<T>(dpositive), at<T>(dx), at<T>(dy));
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (isa_supported(isa)) names.emplace_back(isa_name(isa));
+  }
+  return names;
+}
+
+template <class T>
+void exp2_into(uintptr_t x, uintptr_t y, int64_t count) {
+  similarity_lse_kernels<T>(active_isa()).exp2(at<T>(x), at<T>(y), count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of sslfast. Internal: sslfast.ops is the interface.";
+  m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); }, "Instruction set that the CPU kernels use now.");
+  m.def("cpu_isas", &supported_isas, "Instruction sets compiled in that this CPU has.");
+  m.def("shares_openmp_pool", &shares_openmp_pool, "Whether CPU kernels run on PyTorch's own thread pool.");
+  m.def("exp2_f32", &exp2_into<float>, "y[i] = 2^x[i] as the kernels compute it.");
+  m.def("exp2_f64", &exp2_into<double>, "y[i] = 2^x[i] as the kernels compute it.");
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("pair_rows_fwd_f32", &pair_rows_fwd<float>, unlocked);
+  m.def("pair_rows_fwd_f64", &pair_rows_fwd<double>, unlocked);
+  m.def("pair_rows_bwd_f32", &pair_rows_bwd<float>, unlocked);
+  m.def("pair_rows_bwd_f64", &pair_rows_bwd<double>, unlocked);
+  bind_similarity_lse<float>(m, "SimilarityLseF32");
+  bind_similarity_lse<double>(m, "SimilarityLseF64");
+}

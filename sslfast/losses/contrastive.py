@@ -1,0 +1,283 @@
+"""NT-Xent and InfoNCE: one positive per row against every other row, without the matrix of similarities.
+
+With s_p the logit of the positive and lse_n the log-sum-exp over the negatives,
+
+    -log( exp s_p / (exp s_p + sum exp s_n) )  =  softplus(lse_n - s_p)
+
+which keeps its digits where `lse_all - s_p` cancels: on aligned pairs at a low temperature the loss is far below the
+rounding error of its logits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslfast.ops import similarity_lse
+from sslfast.ops._check import FLOATS, check_tensor, inverse_temperature, number, working_dtype
+from sslfast.ops.pair_rows import EPS, pair_rows
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def ntxent_reference(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as most code has it: the full matrix and a cross-entropy. Test truth and benchmark baseline."""
+    n = z1.shape[0]
+    z = F.normalize(torch.cat((z1, z2)), dim=1)
+    logits = z @ z.T / temperature
+    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
+
+
+def ntxent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor | float = 0.5,
+    *,
+    normalize: bool = True,
+    ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Normalised-temperature cross-entropy of SimCLR (Chen et al. 2020): two views of N images.
+
+    Each of the 2N rows has its other view as the positive and the 2N - 2 remaining rows as negatives. The official code
+    adds the means of both directions, which is twice this value.
+
+    Args:
+        z1, z2: [N, D] floating, row i of both from image i.
+        temperature: number or 0-d tensor, of either sign, not 0.
+        normalize: compare by cosine (norms in float32), otherwise by dot product.
+        ids: int64 [N]: images of the same id are not each other's negatives; the other view stays the positive.
+        reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z1 first.
+
+    Returns:
+        float32 (float64 for float64 input). A row without negatives has loss 0.
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    n = _check_sides("z1", z1, "z2", z2)
+    scale = inverse_temperature("temperature", temperature)
+    _check_reduction(reduction)
+    if ids is not None:
+        check_tensor("ids", ids, (torch.int64,), (n,), z1)
+        ids = ids.repeat(2)
+    else:
+        ids = torch.arange(2 * n, device=z1.device).remainder_(n) if n else z1.new_empty(0, dtype=torch.int64)
+    z, positive = pair_rows(z1, z2, normalize, _compare_dtype(z1))
+    negatives = similarity_lse(z, scale=scale, a_ids=ids)
+    terms = _softplus(_minus(negatives.view(2, n), positive, scale))
+    return _reduce(terms.view(-1), reduction)
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: Tensor | float = 0.07,
+    normalize: bool = True,
+    symmetric: bool = False,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    margin: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018): query i against key i as its positive and every other key.
+
+    Args:
+        query, key: [N, D] floating.
+        negatives: further negatives beside the batch's own keys: [K, D] for all queries or [N, H, D] per query.
+        temperature: number or 0-d tensor, of either sign, not 0.
+        normalize: compare by cosine (norms in float32), otherwise by dot product.
+        symmetric: average with the loss of key i against all queries; goes without `negatives`.
+        ids: int64 [N]: pairs of the same id are not each other's negatives.
+        weights: [N] floating, non-negative weights of the terms.
+        label_smoothing: share of the target, in [0, 1), spread evenly over the positive and all negatives.
+        margin: taken off the positive's similarity before the temperature (additive margin softmax).
+        reduction: "mean" (weighted where weights are given), "sum", or "none": [N].
+
+    Returns:
+        float32 (float64 for float64 input). A query without negatives has loss 0.
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    n = _check_sides("query", query, "key", key)
+    scale = inverse_temperature("temperature", temperature)
+    _check_reduction(reduction)
+    if not 0 <= number("label_smoothing", label_smoothing) < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    number("margin", margin)
+    if weights is not None:
+        check_tensor("weights", weights, FLOATS, (n,), query)
+    if ids is not None:
+        check_tensor("ids", ids, (torch.int64,), (n,), query)
+    else:
+        ids = torch.arange(n, device=query.device)
+    if negatives is not None:
+        if symmetric:
+            raise ValueError("negatives: expected None when symmetric=True, got a tensor")
+        per_query = isinstance(negatives, Tensor) and negatives.dim() == 3
+        shape = (n, None, query.shape[1]) if per_query else (None, query.shape[1])
+        check_tensor("negatives", negatives, (query.dtype,), shape, query)
+
+    dtype = _compare_dtype(query)
+    z, positive = pair_rows(query, key, normalize, dtype)
+    q, k = z[:n], z[n:]
+    positive = scale * (positive - margin)
+    lse = similarity_lse(q, k, scale=scale, a_ids=ids, b_ids=ids, return_cols=symmetric)
+    sides = [(q, k, lse[0]), (k, q, lse[1])] if symmetric else [(q, k, lse)]
+    if negatives is not None:
+        negatives = _normalize(negatives, dtype) if normalize else negatives.to(dtype)
+        sides = [(q, k, _logaddexp(lse, _extra_lse(q, negatives, scale)))]
+
+    terms = torch.stack([_softplus(side_lse - positive) for _, _, side_lse in sides]).mean(0)
+    if label_smoothing:
+        means = [_mean_logit(own, other, positive, ids, negatives, scale) for own, other, _ in sides]
+        terms = terms + label_smoothing * (positive - torch.stack(means).mean(0))
+    return _reduce(terms, reduction, weights)
+
+
+class NTXentLoss(nn.Module):
+    """`ntxent_loss` as a module; a temperature given as nn.Parameter is trained with the rest."""
+
+    def __init__(
+        self, temperature: Tensor | float = 0.5, *, normalize: bool = True, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        inverse_temperature("temperature", temperature)
+        _check_reduction(reduction)
+        self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
+
+    def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
+        return ntxent_loss(
+            z1, z2, self.temperature, normalize=self.normalize, ids=ids, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce_loss` as a module; a temperature given as nn.Parameter is trained with the rest."""
+
+    def __init__(
+        self,
+        temperature: Tensor | float = 0.07,
+        *,
+        normalize: bool = True,
+        symmetric: bool = False,
+        label_smoothing: float = 0.0,
+        margin: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        inverse_temperature("temperature", temperature)
+        _check_reduction(reduction)
+        self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
+        self.label_smoothing, self.margin, self.reduction = label_smoothing, margin, reduction
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        return info_nce_loss(
+            query, key, negatives=negatives, temperature=self.temperature, normalize=self.normalize,
+            symmetric=self.symmetric, ids=ids, weights=weights, label_smoothing=self.label_smoothing,
+            margin=self.margin, reduction=self.reduction,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, normalize={self.normalize}, symmetric={self.symmetric}, "
+            f"label_smoothing={self.label_smoothing}, margin={self.margin}, reduction={self.reduction!r}"
+        )
+
+
+def _check_sides(name1: str, x: Tensor, name2: str, y: Tensor) -> int:
+    check_tensor(name1, x, FLOATS, (None, None))
+    check_tensor(name2, y, (x.dtype,), tuple(x.shape), x)
+    return x.shape[0]
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _compare_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which rows are compared: autocast's for what it would cast, otherwise the input's."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # beyond it log(1 + e^x) is x to the last bit of a float64
+
+
+def _minus(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+    return x - scale * y if isinstance(scale, Tensor) else torch.sub(x, y, alpha=scale)
+
+
+def _normalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.normalize(x.to(working_dtype(x)), dim=-1, eps=EPS).to(dtype)
+
+
+def _extra_lse(q: Tensor, negatives: Tensor, scale: Tensor | float) -> Tensor:
+    """Log-sum-exp over further negatives: [K, D] by the primitive, [N, H, D] directly in N H D."""
+    if negatives.dim() == 2:
+        return similarity_lse(q, negatives, scale=scale)
+    work = working_dtype(q)
+    logits = scale * (q.to(work)[:, None, :] * negatives.to(work)).sum(2)
+    return logits.logsumexp(1) if logits.shape[1] else logits.sum(1) - torch.inf
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """torch.logaddexp with zero gradient, not NaN, where both are -inf."""
+    empty = (x == -torch.inf) & (y == -torch.inf)
+    return torch.logaddexp(x.masked_fill(empty, 0.0), y.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+
+
+def _mean_logit(
+    own: Tensor,
+    other: Tensor,
+    positive: Tensor,
+    ids: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor | float,
+) -> Tensor:
+    """Mean logit of each row of `own` over its positive and its negatives, through sums of rows per id.
+
+    sum_j s_ij over the j of other ids = scale <own_i, sum of all rows - sum of the rows of i's id>.
+    """
+    work = working_dtype(own)
+    own, other = own.to(work), other.to(work)
+    slot = torch.searchsorted(ids.sort().values, ids)  # one number below N per id
+    per_id = torch.zeros_like(other).index_add(0, slot, other)
+    size = torch.zeros_like(positive).index_add(0, slot, torch.ones_like(positive))
+    total = positive + scale * (own * (other.sum(0) - per_id[slot])).sum(1)
+    count = 1 + len(ids) - size[slot]
+    if negatives is not None:
+        negatives = negatives.to(work)
+        summed = negatives.sum(0) if negatives.dim() == 2 else negatives.sum(1)
+        total = total + scale * (own * summed).sum(1)
+        count = count + negatives.shape[-2]
+    return total / count
+
+
+def _reduce(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+    if weights is not None:
+        weights = weights.to(terms.dtype)
+        terms = terms * weights
+    if reduction == "none":
+        return terms
+    if reduction == "sum":
+        return terms.sum()
+    return terms.mean() if weights is None else terms.sum() / weights.sum()

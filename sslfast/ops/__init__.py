@@ -1,0 +1,6 @@
+"""The primitives. Each file holds one op: its reference, its backends, its gradient and its public function."""
+
+from sslfast.ops._backend import available_backends, use_backend
+from sslfast.ops.similarity_lse import similarity_lse
+
+__all__ = ["available_backends", "similarity_lse", "use_backend"]

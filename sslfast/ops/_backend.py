@@ -1,0 +1,119 @@
+"""Which backend serves a call, and the one choke point where a tensor becomes an address."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+
+# What each op prefers where nothing is forced; the first backend that can serve the call does.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "similarity_lse": {"cpu": ("cpu",), "cuda": ()},
+}
+
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend of one op: its entry points, and why it cannot serve a (device type, dtype), None where it can."""
+
+    forward: Callable
+    backward: Callable
+    refuses: Callable[[str, torch.dtype], str | None]
+
+
+_registered: dict[str, dict[str, Backend]] = {}
+
+
+def register(op: str, name: str, backend: Backend) -> None:
+    _registered.setdefault(op, {})[name] = backend
+
+
+def implementation(op: str, name: str) -> Backend:
+    return _registered[op][name]
+
+
+class use_backend:
+    """Forces one backend for every op called inside a `with` block, in the whole process.
+
+    A call that the backend cannot serve raises RuntimeError. The backward pass of a call uses the backend of its
+    forward pass, wherever and whenever it runs.
+
+    Args:
+        name: "cpu" (C++), "triton", "cuda" (C++) or "reference" (plain PyTorch).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"use_backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        self.name = name
+
+    def __enter__(self) -> "use_backend":
+        global _forced
+        self._before, _forced = _forced, self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced() -> str | None:
+    """The backend that an enclosing `use_backend` forces, if any."""
+    return _forced
+
+
+def why_not(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `name` cannot serve `op` for this device and dtype; None where it can."""
+    if name == "reference":
+        return None
+    if name not in _registered.get(op, {}):
+        return "this op has no such backend"
+    return _registered[op][name].refuses(device_type, dtype)
+
+
+def resolve(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves `op` for tensors of this device and dtype now."""
+    if _forced is not None:
+        reason = why_not(op, _forced, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_forced!r} cannot serve {dtype} on {device_type}: {reason}")
+        return _forced
+    for name in PREFERENCE[op].get(device_type, ()):
+        if why_not(op, name, device_type, dtype) is None:
+            return name
+    return "reference"
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can serve at least one op on this machine, best first."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = (torch.float32, torch.bfloat16)
+
+    def serves(name: str) -> bool:
+        return any(why_not(op, name, d, t) is None for op in _registered for d in devices for t in dtypes)
+
+    return tuple(name for name in BACKENDS if serves(name))
+
+
+def pointer(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> int:
+    """The address of a tensor's data, 0 for None, once everything a kernel relies on has been checked."""
+    if tensor is None:
+        return 0
+    if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: a kernel needs a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
+    return tensor.data_ptr()

@@ -1,0 +1,202 @@
+"""The blocked driver of `similarity_lse`: tiles of logits that stay in cache, so the matrix never exists.
+
+For each tile: one matrix product by the platform's library, then one epilogue of ours. In the forward pass the epilogue
+reduces the tile to row and column sums; in the backward pass it turns the tile, in place, into the weights G of
+
+    da = scale G b        db = scale G^T a        dscale = <a, G b>        dbias = column sums of G
+
+which two more matrix products accumulate in float32. Self-similarity without a bias is symmetric: only tiles on or above
+the diagonal are computed, and an off-diagonal tile serves both of its sides (its G is G_ij + G_ji).
+
+A backend supplies an object with the members of `CpuTiles`; the driver knows nothing of devices.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sslfast import _C
+from sslfast.kernels.tuning import CPU_TILE
+from sslfast.ops._backend import pointer
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(tiles: "CpuTiles", return_cols: bool) -> tuple[Tensor, Tensor]:
+    """Row log-sum-exps [m], and column log-sum-exps [n] (or [0]), in the working dtype."""
+    mirrored = tiles.symmetric and return_cols  # columns are rows again
+    tiles.begin_forward(return_cols and not mirrored)
+    for i, j in _walk(tiles):
+        tiles.forward(tiles.product(i, j), i, j)
+    row, col = tiles.finish_forward()
+    return row, row.clone() if mirrored else col
+
+
+def backward(
+    tiles: "CpuTiles", g: Tensor, h: Tensor | None, row: Tensor, col: Tensor | None, needs: tuple[bool, ...]
+) -> Gradients:
+    """Gradients to (a, b, scale, bias) in the working dtype, those that `needs` asks for.
+
+    g [m] and h [n] are the gradients of row and col; h is None where columns have no gradient.
+    """
+    need_a, need_b, need_scale, need_bias = needs
+    if tiles.symmetric and h is not None:
+        g, h = g + h, None
+    need_ga = need_b or (tiles.is_self and need_a) or (tiles.symmetric and need_scale)  # G^T a
+    need_gb = need_a or tiles.symmetric and need_scale or need_scale and not need_ga  # G b
+    # Symmetric tiles give (G + G^T) a in gb alone.
+    gb = torch.zeros_like(tiles.a) if need_gb else None
+    ga = gb if tiles.symmetric else torch.zeros_like(tiles.b) if need_ga else None
+    dbias = g.new_zeros(tiles.n) if need_bias else None
+
+    gb_blocks = None if gb is None else _split(gb, tiles.step)
+    ga_blocks = None if ga is None else _split(ga, tiles.step)
+    tiles.begin_backward(g, h, row, col, dbias)
+    for i, j in _walk(tiles):
+        weights = tiles.product(i, j)
+        tiles.backward(weights, i, j)
+        if gb_blocks is not None:
+            tiles.accumulate(gb_blocks[i], weights, tiles.b_blocks[j])
+        if ga_blocks is not None and not (tiles.symmetric and i == j):
+            tiles.accumulate(ga_blocks[j], weights.t(), tiles.a_blocks[i])
+
+    dscale = None
+    if need_scale:
+        left, right = (tiles.b, ga) if gb is None else (tiles.a, gb)  # <a, G b> = <b, G^T a>
+        dscale = (left * right).sum(dtype=torch.float64) * (0.5 if tiles.symmetric else 1.0)
+    if need_a and tiles.is_self and not tiles.symmetric:
+        gb += ga
+    da = gb.mul_(tiles.scale) if need_a else None
+    db = ga.mul_(tiles.scale) if need_b else None
+    return da, db, dscale, dbias
+
+
+def _walk(tiles: "CpuTiles") -> Iterator[tuple[int, int]]:
+    """(block of rows, block of columns) of each tile, in a fixed order."""
+    for i in range(len(tiles.a_blocks)):
+        for j in range(i if tiles.symmetric else 0, len(tiles.b_blocks)):
+            yield i, j
+
+
+def _split(x: Tensor, step: int) -> tuple[Tensor, ...]:
+    return (x,) if x.shape[0] <= step else x.split(step)
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+
+
+class CpuTiles:
+    """Tiles of one call on the CPU: matrix products by PyTorch, epilogues by sslfast._C.
+
+    Args:
+        a, b: [m, D], [n, D] of the same dtype; b None for self-similarity.
+        scale: 0-d, bias: [n] or None; a_ids [m], b_ids [n] int64 or None; same: keep equal ids only.
+    """
+
+    step = CPU_TILE
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        a_ids: Tensor | None,
+        b_ids: Tensor | None,
+        same: bool,
+    ) -> None:
+        work = torch.float64 if a.dtype == torch.float64 else torch.float32
+        self.is_self = b is None
+        self.symmetric = b is None and bias is None
+        # Products of bfloat16 numbers are exact in float32, so a float32 GEMM keeps float32 logits.
+        self.a = _as(work, a)
+        self.b = self.a if b is None else _as(work, b)
+        self.m, d = self.a.shape
+        self.n = self.b.shape[0]
+        self.a_blocks = _split(self.a, self.step)
+        self.b_blocks = self.a_blocks if b is None else _split(self.b, self.step)
+        self.scale = _as(work, scale)
+        self._bias = None if bias is None else _as(work, bias)
+        self._a_ids = None if a_ids is None else a_ids.contiguous()
+        self._b_ids = self._a_ids if b is None else None if b_ids is None else b_ids.contiguous()
+        self._tile = torch.empty(min(self.step, self.m), min(self.step, self.n), dtype=work)
+        self._buffer = self._tile.view(-1)
+        self._kernels = (_C.SimilarityLseF64 if work == torch.float64 else _C.SimilarityLseF32)(
+            self.m,
+            self.n,
+            d,
+            self._pointer("a", self.a, self.m, d),
+            self._pointer("b", self.b, self.n, d),
+            self._pointer("scale", self.scale),
+            self._pointer("bias", self._bias, self.n),
+            pointer("a_ids", self._a_ids, torch.int64, (self.m,), a.device),
+            pointer("b_ids", self._b_ids, torch.int64, (self.n,), a.device),
+            same,
+            self.is_self,
+            self.symmetric,
+            max(1, min(self.step, self.n)),
+            torch.get_num_threads(),
+        )
+
+    def _pointer(self, name: str, tensor: Tensor | None, *shape: int) -> int:
+        return pointer(name, tensor, self.a.dtype, shape, self.a.device)
+
+    def product(self, i: int, j: int) -> Tensor:
+        """a_blocks[i] b_blocks[j]^T, in the one tile buffer."""
+        a, b = self.a_blocks[i], self.b_blocks[j]
+        rows, cols = a.shape[0], b.shape[0]
+        if self._tile.shape != (rows, cols):
+            self._tile = self._buffer[: rows * cols].view(rows, cols)
+        return torch.mm(a, b.t(), out=self._tile)
+
+    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
+        """total += weights operand."""
+        total.addmm_(weights, operand)
+
+    def begin_forward(self, return_cols: bool) -> None:
+        self._row_state = self.a.new_empty(2, self.m)
+        self._col_state = self.a.new_empty(2, self.n) if return_cols else None
+        self._kernels.begin_forward(
+            self._pointer("row_state", self._row_state, 2, self.m),
+            self._pointer("col_state", self._col_state, 2, self.n),
+        )
+
+    def forward(self, tile: Tensor, i: int, j: int) -> None:
+        rows, cols = tile.shape
+        address = self._pointer("tile", tile, rows, cols)
+        self._kernels.forward(address, i * self.step, rows, j * self.step, cols)
+
+    def finish_forward(self) -> tuple[Tensor, Tensor]:
+        row = self.a.new_empty(self.m)
+        col = self.a.new_empty(0 if self._col_state is None else self.n)
+        self._kernels.finish_forward(
+            self._pointer("row_lse", row, self.m),
+            self._pointer("col_lse", None if self._col_state is None else col, self.n),
+        )
+        return row, col
+
+    def begin_backward(
+        self, g: Tensor, h: Tensor | None, row: Tensor, col: Tensor | None, dbias: Tensor | None
+    ) -> None:
+        # Kept on self: the kernels hold addresses.
+        g, row = g.contiguous(), row.contiguous()
+        h, col = (None, None) if h is None or col is None else (h.contiguous(), col.contiguous())
+        row_work = self.a.new_empty(2, self.m)
+        col_work = None if h is None else self.a.new_empty(2, self.n)
+        self._held = (row_work, col_work, dbias)
+        self._kernels.begin_backward(
+            self._pointer("g", g, self.m),
+            self._pointer("row_lse", row, self.m),
+            self._pointer("row_work", row_work, 2, self.m),
+            self._pointer("h", h, self.n),
+            self._pointer("col_lse", col, self.n),
+            self._pointer("col_work", col_work, 2, self.n),
+            self._pointer("dbias", dbias, self.n),
+        )
+
+    def backward(self, tile: Tensor, i: int, j: int) -> None:
+        rows, cols = tile.shape
+        address = self._pointer("tile", tile, rows, cols)
+        self._kernels.backward(address, i * self.step, rows, j * self.step, cols)

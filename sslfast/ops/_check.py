@@ -1,0 +1,74 @@
+"""Checks of arguments: every message names the argument, what was expected and what came."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums, logits and losses: float64 for float64 input, otherwise float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(
+    name: str,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    like: Tensor | None = None,
+) -> None:
+    """Raises unless x is a tensor of one of `dtypes`, of `shape` (None: any size), on the device of `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    got = x.shape
+    fits = len(got) == len(shape)
+    for want, size in zip(shape, got):  # noqa: B905 (lengths are compared above)
+        fits = fits and (want is None or want == size)
+    if not fits:
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(got)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
+
+
+def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A number or 0-d tensor as a 0-d tensor of the working dtype on the device of `like`, gradient kept."""
+    work = working_dtype(like)
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a number or a 0-d floating-point tensor, got {value.dtype} {list(value.shape)}"
+            )
+        return value.to(like.device, work)
+    return torch.full((), number(name, value), dtype=work, device=like.device)
+
+
+def number(name: str, value: float) -> float:
+    """A finite number, and not a bool."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def inverse_temperature(name: str, temperature: Tensor | float) -> Tensor | float:
+    """1 / temperature. A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
+    if not isinstance(temperature, Tensor):
+        if number(name, temperature) == 0:
+            raise ValueError(f"{name}: expected a number other than 0, got {temperature}")
+        return 1.0 / temperature
+    if temperature.dim() != 0 or not temperature.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a number or a 0-d floating-point tensor, "
+            f"got {temperature.dtype} {list(temperature.shape)}"
+        )
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
+        inverse_temperature(name, float(temperature.detach()))
+    return temperature.reciprocal()
