@@ -1,4 +1,4 @@
-"""Fused kernels for self-supervised learning: similarity-softmax losses on one primitive, `similarity_lse`."""
+"""Fused kernels for self-supervised learning: similarity-softmax losses on one primitive."""
 
 from sslfast._version import __version__
 from sslfast.losses import InfoNCELoss, NTXentLoss, info_nce_loss, ntxent_loss

@@ -7,7 +7,7 @@ enum class Isa { baseline, avx2, avx512 };
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // compiled in, and this CPU has it
-Isa active_isa();             // SSLFAST_CPU_ISA where set (throws std::invalid_argument if unknown or missing), else the best
+Isa active_isa();  // SSLFAST_CPU_ISA where set (throws std::invalid_argument if unknown or missing), else the best
 
 }  // namespace sslfast
 

@@ -11,9 +11,9 @@ template <class T>
 struct PairRows {
   int64_t n, d;
   int threads;
-  T eps;          // a norm below this counts as this
-  T* z;           // [2, n, d]
-  T* norm;        // [2, n], or null: rows are not normalised
+  T eps;    // a norm below this counts as this
+  T* z;     // [2, n, d]
+  T* norm;  // [2, n], or null: rows are not normalised
 };
 
 template <class T>

@@ -7,7 +7,8 @@ namespace sslfast {
 // Runs body(data, part) once for each part in [0, parts), the parts on different threads where a pool was found.
 void parallel(int parts, void (*body)(void*, int), void* data);
 
-// True when the process has an OpenMP runtime (PyTorch's own) whose pool is used; otherwise threads are started per call.
+// True when the process has an OpenMP runtime (PyTorch's own) whose pool is used; otherwise threads are started per
+// call.
 bool shares_openmp_pool();
 
 namespace {  // each translation unit has its own copy, compiled for its own instruction set
@@ -21,7 +22,8 @@ inline int parts_for(int64_t rows, int64_t work, int threads) {
   return parts < 1 ? 1 : static_cast<int>(parts);
 }
 
-// Splits [0, rows) evenly and calls f(part, begin, end) for each part. The split depends on sizes and thread count only.
+// Splits [0, rows) evenly and calls f(part, begin, end) for each part. The split depends on sizes and thread count
+// only.
 template <class F>
 void parallel_rows(int64_t rows, int parts, const F& f) {
   struct Job {
@@ -33,7 +35,7 @@ void parallel_rows(int64_t rows, int parts, const F& f) {
       parts,
       [](void* data, int part) {
         const Job& j = *static_cast<Job*>(data);
-        (*j.f)(part, j.rows * part / j.parts, j.rows * (part + 1) / j.parts);
+        (*j.f)(part, j.rows* part / j.parts, j.rows * (part + 1) / j.parts);
       },
       &job);
 }

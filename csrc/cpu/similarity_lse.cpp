@@ -101,7 +101,8 @@ T max_norm(const T* x, int64_t rows, int64_t d, int threads, T* best_of) {
     best_of[part] = best;
   });
   T best = best_of[0];
-  for (int part = 1; part < parts; ++part) best = best_of[part] > best || best_of[part] != best_of[part] ? best_of[part] : best;
+  for (int part = 1; part < parts; ++part)
+    best = best_of[part] > best || best_of[part] != best_of[part] ? best_of[part] : best;
   return static_cast<T>(std::sqrt(static_cast<double>(best)));
 }
 
@@ -169,8 +170,8 @@ void forward_rows_safe(const SimilarityLse<T>& p, T* tile, const Mask<T>& mask, 
     T* const s = tile + i * cols;
     const T* const off = row_offset(mask, i, s, offset, masked);
     const bool small = off == offset && !p.drops_columns;
-    p.row_sum[r0 + i] += small ? sum_row<true>(s, off, p.factor, col_sum, cols)
-                               : sum_row<false>(s, off, p.factor, col_sum, cols);
+    p.row_sum[r0 + i] +=
+        small ? sum_row<true>(s, off, p.factor, col_sum, cols) : sum_row<false>(s, off, p.factor, col_sum, cols);
   }
 }
 

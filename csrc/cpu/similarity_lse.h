@@ -14,19 +14,19 @@ namespace sslfast {
 
 template <class T>
 struct SimilarityLse {
-  int64_t m, n, d;            // a [m, d], b [n, d]
-  const T *a, *b;             // contiguous; only `prepare` reads them
-  const T* scale;             // one element
-  const T* bias;              // [n] or null
+  int64_t m, n, d;               // a [m, d], b [n, d]
+  const T *a, *b;                // contiguous; only `prepare` reads them
+  const T* scale;                // one element
+  const T* bias;                 // [n] or null
   const int64_t *a_ids, *b_ids;  // [m], [n], or both null
-  bool same;                  // keep only the pairs with equal ids, instead of leaving them out
-  bool self;                  // b is a: row i never meets column i
-  bool symmetric;             // self without a bias: a tile above the diagonal also stands for its mirror image
+  bool same;                     // keep only the pairs with equal ids, instead of leaving them out
+  bool self;                     // b is a: row i never meets column i
+  bool symmetric;                // self without a bias: a tile above the diagonal also stands for its mirror image
   int threads;
 
   // Filled by `prepare`.
-  T factor = 0;               // log2(e) * scale
-  T shift = 0;                // an upper bound of |t| in the safe range, otherwise 0
+  T factor = 0;  // log2(e) * scale
+  T shift = 0;   // an upper bound of |t| in the safe range, otherwise 0
   bool safe = false;
   bool drops_columns = false;  // some bias is -inf
 

@@ -4,8 +4,8 @@ With s_p the logit of the positive and lse_n the log-sum-exp over the negatives,
 
     -log( exp s_p / (exp s_p + sum exp s_n) )  =  softplus(lse_n - s_p)
 
-which keeps its digits where `lse_all - s_p` cancels: on aligned pairs at a low temperature the loss is far below the
-rounding error of its logits.
+which keeps its digits where `lse_all - s_p` cancels: on aligned pairs at a low temperature the loss is far
+below the rounding error of its logits.
 """
 
 import torch
@@ -39,14 +39,15 @@ def ntxent_loss(
 ) -> Tensor:
     """Normalised-temperature cross-entropy of SimCLR (Chen et al. 2020): two views of N images.
 
-    Each of the 2N rows has its other view as the positive and the 2N - 2 remaining rows as negatives. The official code
-    adds the means of both directions, which is twice this value.
+    Each of the 2N rows has its other view as the positive and the 2N - 2 remaining rows as negatives. The
+    official code adds the means of both directions, which is twice this value.
 
     Args:
         z1, z2: [N, D] floating, row i of both from image i.
         temperature: number or 0-d tensor, of either sign, not 0.
         normalize: compare by cosine (norms in float32), otherwise by dot product.
-        ids: int64 [N]: images of the same id are not each other's negatives; the other view stays the positive.
+        ids: int64 [N]: images of the same id are not each other's negatives; the other view stays the
+        positive.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z1 first.
 
     Returns:
@@ -87,7 +88,8 @@ def info_nce_loss(
 
     Args:
         query, key: [N, D] floating.
-        negatives: further negatives beside the batch's own keys: [K, D] for all queries or [N, H, D] per query.
+        negatives: further negatives beside the batch's own keys: [K, D] for all queries or [N, H, D] per
+        query.
         temperature: number or 0-d tensor, of either sign, not 0.
         normalize: compare by cosine (norms in float32), otherwise by dot product.
         symmetric: average with the loss of key i against all queries; goes without `negatives`.
@@ -127,8 +129,11 @@ def info_nce_loss(
     q, k = z[:n], z[n:]
     positive = scale * (positive - margin)
     lse = similarity_lse(q, k, scale=scale, a_ids=ids, b_ids=ids, return_cols=symmetric)
-    sides = [(q, k, lse[0]), (k, q, lse[1])] if symmetric else [(q, k, lse)]
-    if negatives is not None:
+    if isinstance(lse, tuple):
+        sides = [(q, k, lse[0]), (k, q, lse[1])]
+    elif negatives is None:
+        sides = [(q, k, lse)]
+    else:
         negatives = _normalize(negatives, dtype) if normalize else negatives.to(dtype)
         sides = [(q, k, _logaddexp(lse, _extra_lse(q, negatives, scale)))]
 
@@ -242,7 +247,9 @@ def _extra_lse(q: Tensor, negatives: Tensor, scale: Tensor | float) -> Tensor:
 def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
     """torch.logaddexp with zero gradient, not NaN, where both are -inf."""
     empty = (x == -torch.inf) & (y == -torch.inf)
-    return torch.logaddexp(x.masked_fill(empty, 0.0), y.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+    return torch.logaddexp(x.masked_fill(empty, 0.0), y.masked_fill(empty, 0.0)).masked_fill(
+        empty, -torch.inf
+    )
 
 
 def _mean_logit(

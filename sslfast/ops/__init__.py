@@ -1,4 +1,4 @@
-"""The primitives. Each file holds one op: its reference, its backends, its gradient and its public function."""
+"""The primitives, one file each: reference, backends, gradient, public function."""
 
 from sslfast.ops._backend import available_backends, use_backend
 from sslfast.ops.similarity_lse import similarity_lse

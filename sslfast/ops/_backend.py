@@ -19,7 +19,7 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend of one op: its entry points, and why it cannot serve a (device type, dtype), None where it can."""
+    """One backend of one op: its entry points, and why it cannot serve a device type and dtype, if so."""
 
     forward: Callable
     backward: Callable
@@ -40,8 +40,8 @@ def implementation(op: str, name: str) -> Backend:
 class use_backend:
     """Forces one backend for every op called inside a `with` block, in the whole process.
 
-    A call that the backend cannot serve raises RuntimeError. The backward pass of a call uses the backend of its
-    forward pass, wherever and whenever it runs.
+    A call that the backend cannot serve raises RuntimeError. The backward pass of a call uses the backend of
+    its forward pass, wherever and whenever it runs.
 
     Args:
         name: "cpu" (C++), "triton", "cuda" (C++) or "reference" (plain PyTorch).
@@ -111,7 +111,12 @@ def pointer(
     """The address of a tensor's data, 0 for None, once everything a kernel relies on has been checked."""
     if tensor is None:
         return 0
-    if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+    if (
+        tensor.device != device
+        or tensor.dtype != dtype
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+    ):
         raise ValueError(
             f"{name}: a kernel needs a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, "
             f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"

@@ -1,12 +1,14 @@
 """The blocked driver of `similarity_lse`: tiles of logits that stay in cache, so the matrix never exists.
 
-For each tile: one matrix product by the platform's library, then one epilogue of ours. In the forward pass the epilogue
-reduces the tile to row and column sums; in the backward pass it turns the tile, in place, into the weights G of
+For each tile: one matrix product by the platform's library, then one epilogue of ours. In the forward pass
+the epilogue reduces the tile to row and column sums; in the backward pass it turns the tile, in place, into
+the weights G of
 
     da = scale G b        db = scale G^T a        dscale = <a, G b>        dbias = column sums of G
 
-which two more matrix products accumulate in float32. Self-similarity without a bias is symmetric: only tiles on or above
-the diagonal are computed, and an off-diagonal tile serves both of its sides (its G is G_ij + G_ji).
+which two more matrix products accumulate in float32. Self-similarity without a bias is symmetric: only tiles
+on or above the diagonal are computed, and an off-diagonal tile serves both of its sides (its G is G_ij +
+G_ji).
 
 A backend supplies an object with the members of `CpuTiles`; the driver knows nothing of devices.
 """
@@ -61,14 +63,17 @@ def backward(
         if ga_blocks is not None and not (tiles.symmetric and i == j):
             tiles.accumulate(ga_blocks[j], weights.t(), tiles.a_blocks[i])
 
-    dscale = None
-    if need_scale:
-        left, right = (tiles.b, ga) if gb is None else (tiles.a, gb)  # <a, G b> = <b, G^T a>
+    da = db = dscale = None
+    if need_scale:  # <a, G b> = <b, G^T a>
+        left, right = (tiles.a, gb) if gb is not None else (tiles.b, ga)
+        assert right is not None
         dscale = (left * right).sum(dtype=torch.float64) * (0.5 if tiles.symmetric else 1.0)
-    if need_a and tiles.is_self and not tiles.symmetric:
-        gb += ga
-    da = gb.mul_(tiles.scale) if need_a else None
-    db = ga.mul_(tiles.scale) if need_b else None
+    if gb is not None and need_a:
+        if ga is not None and tiles.is_self and not tiles.symmetric:
+            gb += ga
+        da = gb.mul_(tiles.scale)
+    if ga is not None and need_b:
+        db = ga.mul_(tiles.scale)
     return da, db, dscale, dbias
 
 

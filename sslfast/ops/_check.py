@@ -21,7 +21,7 @@ def check_tensor(
     shape: tuple[int | None, ...],
     like: Tensor | None = None,
 ) -> None:
-    """Raises unless x is a tensor of one of `dtypes`, of `shape` (None: any size), on the device of `like`."""
+    """Raises unless x is a tensor of one of `dtypes`, of `shape` (None: any size), on like's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -43,7 +43,8 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
-                f"{name}: expected a number or a 0-d floating-point tensor, got {value.dtype} {list(value.shape)}"
+                f"{name}: expected a number or a 0-d floating-point tensor, "
+                f"got {value.dtype} {list(value.shape)}"
             )
         return value.to(like.device, work)
     return torch.full((), number(name, value), dtype=work, device=like.device)

@@ -3,8 +3,8 @@
     z_s = x_s / max(|x_s|, eps)          positive_i = <z_0i, z_1i>
     g_s = dz_s + dpositive z_(1-s)       dx_s = (g_s - z_s <g_s, z_s>) / |x_s|
 
-An internal op: a few memory passes and autograd nodes fewer for every loss. C++ serves float32 and float64 on the CPU;
-PyTorch serves the rest.
+An internal op: a few memory passes and autograd nodes fewer for every loss. C++ serves float32 and float64 on
+the CPU; PyTorch serves the rest.
 """
 
 import torch
@@ -44,8 +44,9 @@ def _forward(x, y, normalize):
         return _backend.pointer(name, t, x.dtype, shape, x.device)
 
     _KERNELS[x.dtype][0](
-        n, d, at("x", x, n, d), at("y", y, n, d), at("z", z, 2 * n, d), at("norm", norm, 2 * n) if normalize else 0,
-        at("positive", positive, n), EPS, torch.get_num_threads(),
+        n, d, at("x", x, n, d), at("y", y, n, d), at("z", z, 2 * n, d),
+        at("norm", norm, 2 * n) if normalize else 0, at("positive", positive, n),
+        EPS, torch.get_num_threads(),
     )  # fmt: skip
     return z, positive, norm
 
@@ -104,7 +105,8 @@ class _PairRows(torch.autograd.Function):
 
 
 def pair_rows(x: Tensor, y: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of both sides as one tensor, and the similarity of each positive pair. The caller has checked x and y.
+    """Rows of both sides as one tensor, and the similarity of each positive pair. The caller has checked x
+    and y.
 
     Args:
         x, y: [N, D] of one floating dtype and device.

@@ -1,12 +1,12 @@
 """similarity_lse: log-sum-exp over the rows (and columns) of a similarity matrix that is never materialised.
 
-    S_ij  = scale <a_i, b_j> + bias_j              over the allowed pairs
-    row_i = log sum_j exp S_ij                     col_j = log sum_i exp S_ij
-    G_ij  = g_i exp(S_ij - row_i) + h_j exp(S_ij - col_j)         g, h: gradients of row, col
-    da    = scale G b     db = scale G^T a     dscale = sum_ij G_ij <a_i, b_j>     dbias_j = sum_i G_ij
+S_ij  = scale <a_i, b_j> + bias_j              over the allowed pairs
+row_i = log sum_j exp S_ij                     col_j = log sum_i exp S_ij
+G_ij  = g_i exp(S_ij - row_i) + h_j exp(S_ij - col_j)         g, h: gradients of row, col
+da    = scale G b     db = scale G^T a     dscale = sum_ij G_ij <a_i, b_j>     dbias_j = sum_i G_ij
 """
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def reference(
         logits = scale * (a @ b.T)
     if bias is not None:
         logits = logits + bias.to(work)
-    if a_ids is not None:
+    if a_ids is not None and b_ids is not None:
         equal = a_ids[:, None] == b_ids[None, :]
         logits = logits.masked_fill(~equal if same else equal, -torch.inf)
     if is_self:
@@ -54,7 +54,8 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
     return lse.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
-# The registered ops. Unused outputs and gradients not asked for are empty tensors: a schema has no optional results.
+# The registered ops. Unused outputs and gradients not asked for are empty tensors: a schema has no optional
+# results.
 
 
 def _forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, backend):
@@ -87,8 +88,8 @@ def _backward_fake(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs,
 
 
 _fwd = define(
-    "similarity_lse_fwd(Tensor a, Tensor? b, Tensor scale, Tensor? bias, Tensor? a_ids, Tensor? b_ids, bool same, "
-    "bool return_cols, str backend) -> (Tensor, Tensor)",
+    "similarity_lse_fwd(Tensor a, Tensor? b, Tensor scale, Tensor? bias, Tensor? a_ids, Tensor? b_ids, "
+    "bool same, bool return_cols, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -145,6 +146,34 @@ class _SimilarityLSE(torch.autograd.Function):
         return *kept, None, None, None, None, None
 
 
+@overload
+def similarity_lse(
+    a: Tensor,
+    b: Tensor | None = ...,
+    *,
+    scale: Tensor | float = ...,
+    bias: Tensor | None = ...,
+    a_ids: Tensor | None = ...,
+    b_ids: Tensor | None = ...,
+    pairs: Literal["different", "same"] = ...,
+    return_cols: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def similarity_lse(
+    a: Tensor,
+    b: Tensor | None = ...,
+    *,
+    scale: Tensor | float = ...,
+    bias: Tensor | None = ...,
+    a_ids: Tensor | None = ...,
+    b_ids: Tensor | None = ...,
+    pairs: Literal["different", "same"] = ...,
+    return_cols: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def similarity_lse(
     a: Tensor,
     b: Tensor | None = None,
@@ -158,8 +187,8 @@ def similarity_lse(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-sum-exp over each row (and column) of `scale * a @ b.T + bias`, in memory linear in M and N.
 
-    Differentiable in a, b, scale and bias, once. Sums and the result are float32 or wider, whatever the input; under
-    autocast a and b are cast as torch.mm would cast them.
+    Differentiable in a, b, scale and bias, once. Sums and the result are float32 or wider, whatever the
+    input; under autocast a and b are cast as torch.mm would cast them.
 
     Args:
         a: [M, D] float32, bfloat16, float16 or float64, any strides.
@@ -171,11 +200,12 @@ def similarity_lse(
         return_cols: also reduce over the rows, for each column.
 
     Returns:
-        row_lse [M], or (row_lse [M], col_lse [N]); float32, or float64 for float64 input. A row without any pair
-        gives -inf and has no gradient.
+        row_lse [M], or (row_lse [M], col_lse [N]); float32, or float64 for float64 input. A row without any
+        pair gives -inf and has no gradient.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names
+        it.
     """
     a, b = _autocast(a, b)
     scale = _check(a, b, scale, bias, a_ids, b_ids, pairs)

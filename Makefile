@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer, a C++17 compiler and a package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint format bench sanitize wheel-check clean
+
+demo: $(READY)
+	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
+
+# The op tests on C++ built with AddressSanitizer and UndefinedBehaviorSanitizer; torch.compile starts a compiler of its
+# own, which the preloaded runtime disturbs.
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	rm -rf $(SANITIZED)
+	CMAKE_ARGS="-DSSLFAST_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo" $(BIN)/pip install -q \
+	    --no-build-isolation --no-deps --target $(SANITIZED) .
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SSLFAST_EXPECT_IN=$(SANITIZED) \
+	    $(BIN)/pytest -k "not compile" tests/test_similarity_lse*.py tests/test_backends.py tests/test_contrastive.py
+
+# One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
+TORCHES ?= 2.13.0 2.14.1
+wheel-check: $(READY)
+	PYTHON=$(PYTHON) bash tests/wheel_check.sh $(TORCHES)
+
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[train,bench,test,lint,triton]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sslfast/_C*.so

@@ -1,0 +1,1 @@
+"""A minimal training loop that proves the kernels."""

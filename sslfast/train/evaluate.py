@@ -1,0 +1,145 @@
+"""What the encoder learned: weighted kNN, a linear probe, and 10 labels per class, beside two baselines.
+
+Each figure stands next to the same measurement on raw pixels and on the same encoder with its initial
+weights.
+"""
+
+import json
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslfast.train import loop, report
+from sslfast.train.config import TrainConfig
+from sslfast.train.data import Dataset, ImageSet
+
+K, TEMPERATURE = 20, 0.07  # DINO's kNN
+LABELS, DRAWS = 10, 5
+SOURCES = ("trained encoder", "raw pixels", "untrained encoder")
+
+Features = tuple[Tensor, Tensor]  # of the training images [N, D] and of the test images [M, D]
+
+
+def run(
+    method: str, cfg: TrainConfig, dataset: Dataset, console: Console
+) -> dict[str, dict[str, list[float]]]:
+    """Evaluates the run in `cfg.out`, prints a table, and writes evaluation.json and neighbours.png there."""
+    device = cfg.resolve_device()
+    model = loop.build(method, cfg, dataset.train.images.shape[1])
+    sets = (dataset.train, dataset.test)
+    untrained = features(model.encoder, sets, device)
+    model.load_state_dict(load_file(cfg.out / "weights.safetensors"))
+    trained = features(model.encoder, sets, device)
+    pixels = (dataset.train.images.flatten(1) / 255, dataset.test.images.flatten(1) / 255)
+    if len(dataset.test):
+        report.neighbours(dataset, trained, cfg.out / "neighbours.png")
+    if dataset.train.labels is None or dataset.test.labels is None:
+        console.print("no labels (they come from class sub-folders): see loss.png and neighbours.png")
+        return {}
+    results = measure(dataset.train.labels, dataset.test.labels, (trained, pixels, untrained))
+    (cfg.out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results, console)
+    return results
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, sets: tuple[ImageSet, ImageSet], device: torch.device) -> Features:
+    """float32 features of un-augmented images, on the CPU, with the encoder in evaluation mode."""
+    encoder = encoder.to(device).eval()
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def of(images: Tensor) -> Tensor:
+        parts = [encoder(part.to(device).float() / 255).float().cpu() for part in images.split(512)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    return of(sets[0].images), of(sets[1].images)
+
+
+def measure(
+    train_labels: Tensor, test_labels: Tensor, by_source: tuple[Features, ...]
+) -> dict[str, dict[str, list[float]]]:
+    """{measurement: {source: [accuracy of each draw]}}, for the sources in the order of SOURCES."""
+    results: dict[str, dict[str, list[float]]] = {}
+    draws = few_labels(train_labels)
+    for source, (train, test) in zip(SOURCES, by_source, strict=True):
+        knn_accuracy = accuracy(knn(train, train_labels, test), test_labels)
+        results.setdefault(f"kNN (k={K}, T={TEMPERATURE})", {})[source] = [knn_accuracy]
+        results.setdefault("linear probe", {})[source] = [
+            accuracy(linear_probe(train, train_labels, test, train), test_labels)
+        ]
+        if draws:
+            results.setdefault(f"{LABELS} labels per class", {})[source] = [
+                accuracy(linear_probe(train[rows], train_labels[rows], test, train), test_labels)
+                for rows in draws
+            ]
+    return results
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return (predicted == labels).float().mean().item()
+
+
+def knn(train: Tensor, labels: Tensor, test: Tensor, k: int = K, temperature: float = TEMPERATURE) -> Tensor:
+    """Weighted k nearest neighbours as DINO has it (Caron et al. 2021): cosine, votes weighted exp(s /
+    temperature).
+
+    Args:
+        train: [N, D], labels: [N], test: [M, D]; k is at most N.
+
+    Returns:
+        predicted labels [M].
+    """
+    bank = F.normalize(train, dim=1)
+    classes = int(labels.max()) + 1
+    predicted = []
+    for part in F.normalize(test, dim=1).split(1024):
+        similarity, rows = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(
+            1, labels[rows], (similarity / temperature).exp()
+        )
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, unlabelled: Tensor) -> Tensor:
+    """Logistic regression on frozen features, standardised by the statistics of `unlabelled` [N, D]."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = unlabelled.mean(0), unlabelled.std(0) + 1e-3
+    classifier = LogisticRegression(max_iter=1000).fit(((train - mean) / std).numpy(), labels.numpy())
+    return torch.from_numpy(classifier.predict(((test - mean) / std).numpy()))
+
+
+def few_labels(labels: Tensor) -> list[Tensor]:
+    """DRAWS times the rows of LABELS random images per class; none where a class has fewer."""
+    per_class = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
+    if min(len(rows) for rows in per_class) < LABELS:
+        return []
+    draws = []
+    for seed in range(DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        draws.append(
+            torch.cat([rows[torch.randperm(len(rows), generator=generator)[:LABELS]] for rows in per_class])
+        )
+    return draws
+
+
+def show(results: dict[str, dict[str, list[float]]], console: Console) -> None:
+    """A table, then one plain line per measurement, the trained encoder first."""
+    table = Table("accuracy on the test images", *SOURCES)
+    for name, by_source in results.items():
+        table.add_row(name, *(_text(by_source[source]) for source in SOURCES))
+    console.print(table)
+    for name, by_source in results.items():
+        first, *others = SOURCES
+        beside = ", ".join(f"{source} {_text(by_source[source])}" for source in others)
+        print(f"{name}: {_text(by_source[first])} ({beside})")
+
+
+def _text(draws: list[float]) -> str:
+    mean = torch.tensor(draws).mean().item()
+    return f"{mean:.3f}" if len(draws) == 1 else f"{mean:.3f} ± {torch.tensor(draws).std().item():.3f}"

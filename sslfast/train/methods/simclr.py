@@ -1,0 +1,35 @@
+"""SimCLR (Chen et al. 2020): two views of each image attract, all other views in the batch repel."""
+
+from torch import Tensor, nn
+
+from sslfast.losses import NTXentLoss
+from sslfast.train.methods import Method
+
+
+class SimCLR(Method):
+    """Encoder, projector and NT-Xent.
+
+    The projector is the official code's (version 2): three linear layers without biases, each with BatchNorm;
+    hidden ones as wide as the encoder's output; the last BatchNorm has a scale but no shift.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, dim: int, projection_dim: int = 128, temperature: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        last = nn.BatchNorm1d(projection_dim)
+        last.bias.requires_grad_(False)  # stays 0
+        self.projector = nn.Sequential(
+            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
+            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
+            nn.Linear(dim, projection_dim, bias=False), last,
+        )  # fmt: skip
+        self.loss = NTXentLoss(temperature)
+
+    def training_step(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """views [2B, C, H, W], first views of all images first -> (loss, metrics)."""
+        z1, z2 = self.projector(self.encoder(views)).chunk(2)
+        return self.loss(z1, z2), {
+            "feature_std": nn.functional.normalize(z1.detach().float(), dim=1).std(0).mean()
+        }
