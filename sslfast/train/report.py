@@ -21,6 +21,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes = figure.subplots()
     axes.plot(epochs, [float(row["loss"]) for row in rows], marker=".", label="loss")
     axes.set(xlabel="epoch", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     rate = axes.twinx()
     rate.plot(
         epochs, [float(row["learning_rate"]) for row in rows], color="tab:gray", ls=":", label="learning rate"

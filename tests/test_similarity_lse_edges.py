@@ -1,0 +1,387 @@
+"""similarity_lse where numbers are extreme, memory is dirty, arguments are wrong, and backends are forced."""
+
+import math
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sslfast
+from sslfast import _C
+from sslfast.ops import _backend, _blocked
+from sslfast.testing import (
+    CASES,
+    SimilarityLseCase,
+    assert_close_to_reference,
+    similarity_lse_reference,
+)
+
+OP = "similarity_lse"
+similarity_lse = sslfast.similarity_lse
+BY_NAME = {case.name: case for case in CASES[OP]}
+INF, NAN = math.inf, math.nan
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+# exp2 of the kernels: 2^t over the whole range.
+
+EXP2 = [(_C.exp2_f32, np.float32, -126.5, 127.5), (_C.exp2_f64, np.float64, -1022.5, 1023.5)]
+
+
+def exp2(function, x: np.ndarray) -> np.ndarray:
+    y = np.full_like(x, NAN)
+    function(x.ctypes.data, y.ctypes.data, x.size)
+    return y
+
+
+@pytest.mark.parametrize("function, dtype, lowest, highest", EXP2, ids=["float32", "float64"])
+def test_exp2_is_good_to_about_one_rounding(function, dtype, lowest, highest, isa):
+    spread = np.random.default_rng(0).uniform(lowest + 0.5, highest, 500_000)
+    small = np.concatenate([np.geomspace(1e-12, 1, 5000), -np.geomspace(1e-12, 1, 5000)])
+    ties = np.arange(np.ceil(lowest) + 1, highest - 1, 0.5)  # integers, and half-way between two
+    x = np.concatenate([spread, small, ties, np.nextafter(ties, 2000), np.nextafter(ties, -2000)]).astype(
+        dtype
+    )
+    x = x[(x >= lowest + 0.5) & (x < highest)]
+    truth = np.exp2(x.astype(np.longdouble))
+    assert np.max(np.abs(exp2(function, x) - truth) / truth) < np.finfo(dtype).eps
+    whole = np.arange(np.ceil(lowest), highest, dtype=dtype)
+    assert np.array_equal(exp2(function, whole), np.exp2(whole))  # powers of two are exact
+
+
+@pytest.mark.parametrize("function, dtype, lowest, highest", EXP2, ids=["float32", "float64"])
+def test_exp2_beyond_the_range(function, dtype, lowest, highest, isa):
+    below = np.array(
+        [np.nextafter(dtype(lowest), dtype(-9999)), lowest - 1, -5000.0, -3e38, -INF], dtype=dtype
+    )
+    above = np.array([highest, highest + 0.1, highest + 1, 5000.0, 3e38, INF], dtype=dtype)
+    subnormal = np.linspace(lowest, lowest + 0.49, 100, dtype=dtype)
+    for repeat in (1, 7, 40):  # in vectors and in the remainder
+        assert np.all(exp2(function, np.repeat(below, repeat)) == 0)
+        assert np.all(exp2(function, np.repeat(above, repeat)) == INF)
+        assert np.all(np.isnan(exp2(function, np.full(repeat, NAN, dtype))))
+    assert np.all(np.abs(exp2(function, subnormal) - np.exp2(subnormal)) <= 1e-7 * np.finfo(dtype).tiny)
+
+
+def test_unknown_instruction_set_raises(monkeypatch):
+    monkeypatch.setenv("SSLFAST_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="SSLFAST_CPU_ISA.*avx1024"):
+        similarity_lse(torch.randn(3, 2))
+
+
+# NaN and infinities: what torch.logsumexp gives on the whole matrix, in the same places.
+
+
+def whole_matrix(a, b, scale, bias) -> tuple[Tensor, Tensor]:
+    logits = scale * (a @ (a if b is None else b).T) + (0 if bias is None else bias)
+    if b is None:
+        logits.fill_diagonal_(-INF)
+    return logits.logsumexp(1), logits.logsumexp(0)
+
+
+def assert_same_with_specials(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", ["a", "b", "bias"])
+@pytest.mark.parametrize("n", [None, 7, 530])
+@pytest.mark.parametrize("size", [0.1, 4.0])
+def test_special_value_in(place, value, n, size):
+    """One in the first tile and one beyond it; size 0.1 would be within the safe range, 4 is not."""
+    m = 520
+    a, b = size * torch.randn(m, 6), None if n is None else size * torch.randn(n, 6)
+    bias = torch.randn(m if n is None else n) if place == "bias" else None
+    target = {"a": a, "b": a if b is None else b, "bias": bias}[place]
+    target.view(-1)[[3, -2]] = value
+    row, col = similarity_lse(a, b, bias=bias, scale=0.5, return_cols=True)
+    expected_row, expected_col = whole_matrix(a, b, 0.5, bias)
+    assert_same_with_specials(row, expected_row)
+    assert_same_with_specials(col, expected_col)
+    assert not (row.isfinite().all() and col.isfinite().all()) or (place == "bias" and value == -INF)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("n", [None, 4])
+def test_special_scale(n, value):
+    a = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [2.0, -5.0], [-2.0, 1.0]])
+    b = None if n is None else a.flip(0) + 0.5
+    row, col = similarity_lse(a, b, scale=torch.tensor(value), return_cols=True)
+    expected_row, expected_col = whole_matrix(a, b, torch.tensor(value), None)
+    assert_same_with_specials(row, expected_row)
+    assert_same_with_specials(col, expected_col)
+
+
+def test_nan_row_leaves_the_gradients_of_other_rows_finite():
+    a, b = torch.randn(5, 3), torch.randn(520, 3)
+    a[2] = NAN
+
+    def gradients(op) -> tuple[Tensor, ...]:
+        leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+        return torch.autograd.grad(op(*leaves).sum(), leaves)
+
+    for actual, expected in zip(
+        gradients(similarity_lse), gradients(lambda a, b: whole_matrix(a, b, 1.0, None)[0])
+    ):
+        assert_same_with_specials(actual, expected)
+
+
+# 16-bit inputs keep float32 logits; large logits keep their digits.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_not_rounded_to_16_bits(dtype):
+    """The columns' logits lie within one bfloat16 (half, four float16) ulps of 100: rounded, they would be one number."""
+    a = torch.tensor([[10.0, 0.25], [10.0, -0.25]], dtype=dtype)
+    b = torch.tensor([[10.0, x / 16] for x in range(17)], dtype=dtype)
+
+    def gradient_and_value(op, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        value = op(x)
+        return torch.autograd.grad((value * torch.tensor([1.0, 2.0])).sum(), x)[0][
+            :, 1
+        ].double(), value.double()
+
+    def exact(x):
+        return (x @ b.double().T).logsumexp(1)
+
+    truth = gradient_and_value(exact, a.double())
+    ours = gradient_and_value(lambda x: similarity_lse(x, b), a)
+    naive = gradient_and_value(lambda x: (x @ b.T).float().logsumexp(1), a)
+    bound = (torch.finfo(dtype).eps * 0.51, 2e-5)  # gradients are rounded once, to the inputs' dtype
+    for good, bad, true, tolerance in zip(ours, naive, truth, bound, strict=True):
+        assert ((good - true).abs() <= tolerance * true.abs()).all()
+        assert ((bad - true).abs() > tolerance * true.abs()).any()
+    assert (ours[1] - truth[1]).abs().max() < 0.01 * (naive[1] - truth[1]).abs().max()
+
+
+@pytest.mark.parametrize("scale", [1000.0, -1000.0, 100.0])
+@pytest.mark.parametrize("n", [None, 60])
+def test_logits_up_to_1000(scale, n):
+    """Near copies: the largest logit is 1000, the ones next to it within a few units, most are far away."""
+    a = F.normalize(torch.randn(70, 16), dim=1)
+    a[35:] = F.normalize(a[:35] + 0.02 * torch.randn(35, 16), dim=1)
+    inputs = {"a": a, "scale": torch.tensor(scale)}
+    if n is not None:
+        inputs |= {"b": F.normalize(a[:n] + 0.02 * torch.randn(n, 16), dim=1), "return_cols": True}
+    assert_close_to_reference(OP, inputs)
+    assert similarity_lse(**{**inputs, "return_cols": False}).abs().max() > 0.9 * abs(scale)
+
+
+# The two numerical ranges.
+
+
+def tiles(a, b=None, scale=1.0, bias=None) -> _blocked.CpuTiles:
+    return _blocked.CpuTiles(a, b, torch.tensor(scale, dtype=a.dtype), bias, None, None, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_safe_range_is_known_from_norms_scale_and_bias(dtype, isa):
+    a, b = 2 * torch.eye(4, dtype=dtype), 3 * torch.eye(5, 4, dtype=dtype)
+    bias = torch.tensor([0.0, -INF, -9.0, 1.0, 2.0], dtype=dtype)
+    safe = {
+        "below": tiles(a, b, 39 / 6), "above": tiles(a, b, 41 / 6), "negative": tiles(a, b, -39 / 6),
+        "negative, above": tiles(a, b, -41 / 6), "self": tiles(a, None, 39 / 4), "self, above": tiles(a, None, 41 / 4),
+        "bias": tiles(a, b, 30.5 / 6, bias), "bias, above": tiles(a, b, 31.5 / 6, bias),
+        "nothing": tiles(a[:0], b, 1.0), "nan, above": tiles(a, b, NAN), "inf, above": tiles(a, b, INF),
+        "nan row, above": tiles(torch.full_like(a, NAN), b), "inf row, above": tiles(torch.full_like(a, INF), b),
+        "nan bias, above": tiles(a, b, 1.0, torch.full_like(bias, NAN)),
+    }  # fmt: skip
+    assert {name: t._kernels.safe for name, t in safe.items()} == {n: "above" not in n for n in safe}
+
+
+@pytest.mark.parametrize("n", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_upstream_gradient_leaves_the_safe_range(n, dtype, isa):
+    """g exp(shift - row) overflows float32, though every true gradient fits."""
+    inputs = SimilarityLseCase("", 50, n, d=32, rows="unit", scale=39.0, return_cols=True).inputs(dtype)
+    inputs["scale"] = torch.tensor(39.0)
+    outputs = similarity_lse_reference(**inputs)
+    upstream = [1e30 * torch.randn_like(x) for x in outputs]
+    upstream[0][1] = 1.0
+    t = tiles(inputs["a"], inputs.get("b"), 39.0)
+    assert t._kernels.safe
+    t.begin_backward(upstream[0], None if n is None else upstream[1], outputs[0], outputs[1], None)
+    assert not t._kernels.safe
+    assert_close_to_reference(OP, inputs, upstream=upstream)
+
+
+@pytest.mark.parametrize("column_overflows", [False, True])
+def test_one_overflowing_weight_of_one_side_is_enough(column_overflows):
+    inputs = SimilarityLseCase("", 50, 40, d=32, rows="unit", scale=39.0, return_cols=True).inputs()
+    upstream = [torch.ones(50), torch.ones(40)]
+    upstream[column_overflows][17] = 1e32
+    assert_close_to_reference(OP, inputs, upstream=upstream)
+
+
+# Memory: nothing is read before it is written, nothing of M x N elements exists.
+
+DIRTY = [
+    "self, bias, many tiles", "many tiles", "self, running maximum", "sorted classes, same", "no columns",
+    "no rows", "self, one row", "scale 0", "bias drops columns, running maximum", "two sides",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIRTY)
+def test_fresh_memory_may_hold_anything(name, monkeypatch):
+    filled = []
+
+    def dirty(allocate):
+        def new(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            filled.append(x.shape)
+            return x.fill_(NAN) if x.is_floating_point() else x
+
+        return new
+
+    inputs = BY_NAME[name].inputs(torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", dirty(torch.empty))
+        patch.setattr(torch.Tensor, "new_empty", dirty(torch.Tensor.new_empty))
+        assert_close_to_reference(OP, inputs)
+    assert len(filled) >= 6  # tile, running sums, results, weights
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("two_sided, bias", [(True, True), (False, True), (False, False)])
+def test_no_tensor_beyond_a_tile_and_the_inputs(dtype, two_sided, bias):
+    n = 4096
+    a, b = torch.randn(n, 4, dtype=dtype), torch.randn(n, 4, dtype=dtype) if two_sided else None
+    offsets, g = torch.randn(n) if bias else None, torch.randn(n)
+    args = (a, b, torch.tensor(0.1), offsets, None, None, False)
+    with Sizes() as sizes:
+        row, col = _blocked.forward(_blocked.CpuTiles(*args), True)
+        needs = (True, two_sided, True, bias)
+        gradients = _blocked.backward(_blocked.CpuTiles(*args), g, g, row, col, needs)
+    assert [d is not None for d in gradients] == list(needs)
+    assert sizes.largest <= 512 * 512
+
+
+GROWTH = """
+import resource, torch, sslfast
+def step(m, n):
+    a, b = torch.randn(m, 8, requires_grad=True), torch.randn(n, 8, requires_grad=True)
+    row, col = sslfast.similarity_lse(a, b, scale=0.1, return_cols=True)
+    (row.sum() + col.sum() + sslfast.similarity_lse(a, scale=0.1).sum()).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((step(16384, 8192) - step(2048, 2048)) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in the units of Linux")
+def test_peak_memory_of_a_process():
+    """16384 x 8192 logits would be 512 MB in float32; inputs, gradients and one tile are 4 MB."""
+    code = GROWTH.replace("(step(16384, 8192) - step(2048, 2048))", "(-step(2048, 2048) + step(16384, 8192))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64
+
+
+def test_calls_from_several_threads_do_not_meet():
+    inputs = [torch.randn(600, 32) for _ in range(3)]
+    expected = [similarity_lse(a, scale=0.1) for a in inputs]
+    results: dict[int, list[Tensor]] = {}
+
+    def work(i: int) -> None:
+        results[i] = [similarity_lse(inputs[i], scale=0.1) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, row in enumerate(expected):
+        for result in results[i]:
+            torch.testing.assert_close(result, row)
+
+
+# Backends.
+
+
+def test_use_backend_refuses_unknown_names():
+    with pytest.raises(ValueError, match="name.*'gpu'"):
+        sslfast.use_backend("gpu")
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_forced_backend_that_cannot_serve_raises(name):
+    a = torch.randn(4, 2, dtype=torch.float64)
+    with (
+        sslfast.use_backend(name),
+        pytest.raises(RuntimeError, match=f"similarity_lse.*'{name}'.*float64 on cpu"),
+    ):
+        similarity_lse(a)
+    assert similarity_lse(a).isfinite().all()
+
+
+def test_use_backend_nests_and_ends_with_its_block():
+    assert _backend.forced() is None
+    with sslfast.use_backend("reference"):
+        with sslfast.use_backend("cpu"):
+            assert _backend.forced() == "cpu"
+        assert _backend.forced() == "reference"
+        with pytest.raises(ZeroDivisionError), sslfast.use_backend("cpu"):
+            raise ZeroDivisionError
+        assert _backend.forced() == "reference"
+    assert _backend.forced() is None
+
+
+def test_one_use_backend_object_nests_in_itself():
+    forced = sslfast.use_backend("reference")
+    try:
+        with forced, forced:
+            assert _backend.forced() == "reference"
+        assert _backend.forced() is None
+    finally:
+        _backend._forced = None
+
+
+def test_reference_is_used_when_forced(monkeypatch):
+    monkeypatch.setattr(_backend, "implementation", lambda *args: pytest.fail("a kernel was used"))
+    a = torch.randn(4, 2, requires_grad=True)
+    with sslfast.use_backend("reference"):
+        row = similarity_lse(a)
+    row.sum().backward()
+    assert a.grad is not None
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch):
+    """After the block has ended, inside another one, and on another thread."""
+    served = []
+    serve = _backend.implementation
+    monkeypatch.setattr(_backend, "implementation", lambda op, name: served.append(name) or serve(op, name))
+    a = torch.randn(4, 2, requires_grad=True)
+    with sslfast.use_backend("cpu"):
+        row = similarity_lse(a)
+
+    def backward():
+        with sslfast.use_backend("reference"):
+            row.sum().backward()
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert served == ["cpu", "cpu"]
+    (expected,) = torch.autograd.grad(similarity_lse_reference(a).sum(), a)
+    torch.testing.assert_close(a.grad, expected)
