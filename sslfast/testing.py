@@ -1,0 +1,400 @@
+"""Inputs for every op, and the assertion that a backend's results are as good as PyTorch's own.
+
+Truth is the op's reference in float64 on the same numbers. The yardstick is the same reference at the
+inputs' dtype: a result may be at most twice as far from the truth as the yardstick, plus a floor of a few
+roundings. Tests, benchmarks and checks of other backends share the table CASES:
+
+    for case in CASES["similarity_lse"]:
+        assert_close_to_reference("similarity_lse", case.inputs(torch.float32))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sslfast.ops import similarity_lse
+from sslfast.ops._check import FLOATS, working_dtype
+from sslfast.ops.similarity_lse import reference as _similarity_lse_reference
+
+# The floor of every comparison, in units of eps * max(1, max |logit|, max |result|), eps that of the dtype of
+# the sums (float32, or float64 for float64 inputs). A logit and a log-sum-exp are good to a few roundings of
+# themselves, exp and log to a few roundings of 1. A gradient's unit also has the sum of the absolute values
+# of its terms: each of them is exp(logit - lse) times something, so an absolute error of a logit is a
+# relative error of the term. Results below the smallest normal number may be 0.
+FLOOR = 4.0
+
+# Gradients are compared as vectors too. Relative to the sum of its absolute terms, a gradient may differ from
+# the truth by this many of the same units, on top of twice the yardstick's difference.
+VECTOR_FLOOR = 16.0
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SimilarityLseCase:
+    """One kind of input of `similarity_lse`; `inputs` makes fresh random numbers of that kind.
+
+    Attributes:
+        name: unique within the op.
+        m, n, d: rows, columns (None: b is None) and features.
+        scale: the scale; learned makes it a 0-d float32 (float64 for float64 inputs) tensor.
+        rows: standard normal, of unit length, all equal, or one large row per side, orthogonal to all others.
+        magnitude: factors on the rows of a and of b.
+        bias: [n] standard normal in the inputs' dtype or in float32; "drops" has -inf in a third of the
+            columns, "drops all" everywhere.
+        ids: "views": two of each, m/2 apart, as in NT-Xent; "own": 0, 1, 2, ...; "classes": ten, mixed;
+            "sorted": ten, in order; "apart": some on one side only; "shared": all columns of one class, half
+            of the rows in it; "equal": a single class; "wide": equal in the low 32 bits, or beyond 53 bits.
+        pairs, return_cols: as the op's.
+        layout: strides of the inputs. dtypes: those that can hold these numbers.
+    """
+
+    name: str
+    m: int
+    n: int | None = None
+    d: int = 16
+    scale: float = 1.0
+    learned: bool = False
+    rows: Literal["normal", "unit", "identical", "orthogonal"] = "normal"
+    magnitude: tuple[float, float] = (1.0, 1.0)
+    bias: Literal["", "normal", "float32", "drops", "drops all"] = ""
+    ids: Literal["", "views", "own", "classes", "sorted", "apart", "shared", "equal", "wide"] = ""
+    pairs: Literal["different", "same"] = "different"
+    return_cols: bool = False
+    layout: Literal["contiguous", "transposed", "strided", "expanded"] = "contiguous"
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Arguments of the public function, with the same numbers on any device, rounded to dtype."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def place(x: Tensor) -> Tensor:
+            return _with_layout(x.to(dtype), self.layout).to(device)
+
+        inputs: dict[str, Any] = {"a": self._rows(self.m, 0, generator), "scale": self.scale}
+        if self.n is not None:
+            inputs["b"] = self._rows(self.n, 1, generator)
+        n = self.m if self.n is None else self.n
+        if self.bias:
+            inputs["bias"] = self._bias(n, generator)
+        inputs = {k: place(x) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+        if self.bias == "float32":
+            inputs["bias"] = inputs["bias"].float()
+        if self.learned:
+            inputs["scale"] = torch.tensor(self.scale, dtype=working_dtype(inputs["a"]), device=device)
+        if self.ids:
+            ids = [_with_layout(x, self.layout).to(device) for x in self._ids(n, generator)]
+            inputs.update(zip(("a_ids",) if self.n is None else ("a_ids", "b_ids"), ids, strict=False))
+        return {**inputs, "pairs": self.pairs, "return_cols": self.return_cols}
+
+    def _rows(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        x = torch.randn(count, self.d, dtype=torch.float64, generator=generator)
+        if self.rows == "unit":
+            x = torch.nn.functional.normalize(x, dim=1)
+        if self.rows == "identical" and count:
+            x = torch.ones_like(x) * x[:1]
+        if self.rows == "orthogonal" and count:
+            x = torch.nn.functional.normalize(x, dim=1)
+            x[:, :2] = 0
+            x[0] = 0
+            x[0, side] = 6
+        return x * self.magnitude[side]
+
+    def _bias(self, n: int, generator: torch.Generator) -> Tensor:
+        bias = torch.randn(n, dtype=torch.float64, generator=generator)
+        if self.bias == "drops":
+            bias[::3] = -torch.inf
+        return bias.fill_(-torch.inf) if self.bias == "drops all" else bias
+
+    def _ids(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows, cols = torch.arange(self.m), torch.arange(n)
+
+        def random(count: int, low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (count,), generator=generator)
+
+        if self.ids == "views":
+            return rows % max(1, self.m // 2), cols % max(1, n // 2)
+        if self.ids == "own":
+            return rows, cols
+        if self.ids == "sorted":
+            return rows * 10 // max(1, self.m), cols * 10 // max(1, n)
+        if self.ids == "apart":
+            return random(self.m, 0, 10), random(n, 5, 15)
+        if self.ids == "shared":
+            return rows % 2, torch.zeros_like(cols)
+        if self.ids == "equal":
+            return torch.full_like(rows, 7), torch.full_like(cols, 7)
+        a, b = random(self.m, -5, 5), random(n, -5, 5)
+        return (a, b) if self.ids == "classes" else (2**62 + a + (a << 32), 2**62 + b + (b << 32))
+
+
+def _with_layout(x: Tensor, layout: str) -> Tensor:
+    """The same numbers (a single row of them for "expanded") under other strides."""
+    if layout == "transposed":
+        return x.t().contiguous().t() if x.dim() == 2 else x
+    if layout == "strided":  # every other element of a tensor with NaN (ids: 0) in between
+        gaps = x.new_full([2 * size + 1 for size in x.shape], torch.nan if x.is_floating_point() else 0)
+        view = gaps[tuple(slice(1, None, 2) for _ in x.shape)]
+        return view.copy_(x)
+    return x[:1].expand(x.shape) if layout == "expanded" and len(x) else x
+
+
+_Case, _WIDE = SimilarityLseCase, (torch.float32, torch.bfloat16, torch.float64)  # beyond float16's range
+
+# Sizes straddle the CPU's tile (512) and its rows per thread; every name says what would break.
+_SIMILARITY_LSE: list[SimilarityLseCase] = [
+    _Case("self", 65),
+    _Case("two sides", 65, 43, return_cols=True, learned=True),
+    _Case("self, one row", 1, return_cols=True, learned=True),
+    _Case("one row and column", 1, 1, return_cols=True, learned=True),
+    _Case("one row", 1, 700, learned=True, return_cols=True),
+    _Case("one column", 700, 1, learned=True, return_cols=True),
+    _Case("below a tile", 511, learned=True, scale=0.3),
+    _Case("one tile", 512, 512, d=8, bias="normal", return_cols=True),
+    _Case("above a tile", 513, learned=True, return_cols=True),
+    _Case("many tiles", 1025, 700, d=128, rows="unit", scale=10.0, learned=True, return_cols=True),
+    _Case("self, many tiles", 1100, d=128, rows="unit", scale=10.0, learned=True, ids="views"),
+    _Case("self, running maximum", 1100, d=32, rows="unit", scale=-100.0, learned=True, ids="views"),
+    _Case("self, bias, many tiles", 1100, d=24, rows="unit", scale=5.0, bias="normal", return_cols=True),
+    _Case("self, bias, running maximum", 515, d=24, scale=4.0, learned=True, bias="normal", return_cols=True),
+    _Case("D 1", 33, 20, d=1, learned=True),
+    _Case("D 2", 33, 20, d=2, learned=True, return_cols=True),
+    _Case("D 3, self", 33, d=3, learned=True),
+    _Case("D 7", 513, 20, d=7, return_cols=True),
+    _Case("D 130", 40, 600, d=130, learned=True, return_cols=True),
+    _Case("D 1000, self", 50, d=1000, scale=0.01, learned=True),
+    _Case("D 4096", 9, 11, d=4096, scale=0.02, learned=True, return_cols=True),
+    _Case("D 4096, running maximum", 9, 11, d=4096, learned=True, return_cols=True),
+    _Case("no columns, ids", 5, 0, ids="own", return_cols=True),
+    _Case("no rows, ids", 0, 5, ids="own", return_cols=True),
+    _Case("no columns", 5, 0, learned=True, bias="normal", return_cols=True),
+    _Case("no rows", 0, 5, learned=True, bias="normal", return_cols=True),
+    _Case("nothing", 0, 0, learned=True, return_cols=True),
+    _Case("self, nothing", 0, learned=True, return_cols=True, bias="normal"),
+    _Case("scale 0", 40, 30, scale=0.0, learned=True, bias="normal", return_cols=True),
+    _Case("self, scale 0", 40, scale=0.0, learned=True),
+    _Case("negative scale", 40, 30, scale=-0.7, learned=True, return_cols=True),
+    _Case("bias, self", 70, bias="float32", learned=True),
+    _Case("bias in float32", 70, 50, bias="float32", return_cols=True),
+    _Case("bias drops columns", 70, 530, bias="drops", learned=True, return_cols=True),
+    _Case("bias drops columns, running maximum", 70, 530, scale=5.0, bias="drops", return_cols=True),
+    _Case("self, bias drops columns", 70, bias="drops", return_cols=True, learned=True),
+    _Case("bias drops all", 20, 30, bias="drops all", return_cols=True, learned=True),
+    _Case("ids of pairs", 600, 600, rows="unit", scale=14.0, ids="own", return_cols=True),
+    _Case("self, ids of views", 130, rows="unit", scale=2.0, ids="views", return_cols=True),
+    _Case("classes", 90, 70, ids="classes", learned=True, return_cols=True),
+    _Case("classes, same", 90, 70, ids="classes", pairs="same", learned=True, return_cols=True),
+    _Case("self, classes, same", 90, ids="classes", pairs="same", learned=True),
+    _Case("self, classes, same, running maximum", 90, scale=6.0, ids="classes", pairs="same", learned=True),
+    _Case("self, classes, bias", 90, ids="classes", bias="drops", learned=True, return_cols=True),
+    _Case("sorted classes", 1030, 1100, d=8, ids="sorted", return_cols=True),
+    _Case("sorted classes, same", 1030, 600, d=8, ids="sorted", pairs="same", learned=True, return_cols=True),
+    _Case("self, sorted classes, same", 1030, d=8, ids="sorted", pairs="same", return_cols=True),
+    _Case("rows without pairs", 90, 70, ids="shared", learned=True, return_cols=True),
+    _Case("rows without pairs, running maximum", 90, 70, scale=5.0, ids="shared", return_cols=True),
+    _Case("rows without pairs, same", 90, 70, ids="apart", pairs="same", bias="normal", return_cols=True),
+    _Case("self, no pair at all", 30, ids="equal", learned=True, return_cols=True, bias="normal"),
+    _Case("no pair at all", 30, 20, ids="equal", learned=True, return_cols=True),
+    _Case("self, own ids, same", 30, ids="own", pairs="same", learned=True, return_cols=True),
+    _Case("self, wide ids", 60, ids="wide", pairs="same", return_cols=True),
+    _Case("wide ids", 60, 50, ids="wide", return_cols=True),
+    _Case("transposed", 60, 50, layout="transposed", bias="normal", ids="classes", return_cols=True),
+    _Case("strided", 60, 50, layout="strided", bias="normal", ids="classes", return_cols=True),
+    _Case("self, strided", 60, layout="strided", ids="views", learned=True),
+    _Case("expanded", 60, 50, layout="expanded", bias="normal", return_cols=True),
+    _Case("identical rows", 520, 40, rows="identical", learned=True, return_cols=True),
+    _Case("self, identical rows", 520, rows="identical", scale=20.0),
+    _Case("huge norms", 60, 50, magnitude=(1e15, 1e15), scale=1e-30, dtypes=_WIDE, return_cols=True),
+    _Case("self, huge norms", 60, magnitude=(1e17, 1e17), scale=1e-34, dtypes=_WIDE, learned=True),
+    _Case("huge and tiny", 60, 50, magnitude=(1e20, 1e-20), dtypes=_WIDE, return_cols=True),
+    _Case("tiny norms", 60, 50, magnitude=(1e-15, 1e-15), scale=1e30, dtypes=_WIDE, return_cols=True),
+    _Case("squares underflow", 60, 50, magnitude=(1e-24, 1.0), scale=2e25, dtypes=_WIDE, return_cols=True),
+    _Case("tiny norms, logits 0", 60, magnitude=(1e-4, 1e-4), learned=True),
+    _Case("norms far above logits", 20, 3, rows="orthogonal", return_cols=True, learned=True),
+]
+# Temperatures from 0.001 to 100 of both signs; 0.025 is where the safe range of unit rows ends.
+_SIMILARITY_LSE += [
+    _Case(f"temperature {t}", 70, 50, d=32, rows="unit", scale=1 / t, learned=True, return_cols=True)
+    for t in (0.001, -0.01, 0.025, 0.07, -100.0)
+]
+_SIMILARITY_LSE += [
+    _Case(f"self, temperature {t}", 70, d=32, rows="unit", scale=1 / t, learned=True)
+    for t in (-0.001, 0.01, 0.0249, 0.0251, -0.07, 100.0)
+]
+
+CASES: dict[str, list[SimilarityLseCase]] = {"similarity_lse": _SIMILARITY_LSE}
+
+
+@dataclass(frozen=True)
+class Op:
+    """What `assert_close_to_reference` needs to know of an op.
+
+    Attributes:
+        run, reference: functions of the same keyword arguments.
+        reorder: equivalent inputs whose sums are taken in another order.
+        terms: (inputs, upstream gradients) in float64 to (max |logit|, for each floating input the sum of the
+            absolute values of its gradient's terms).
+    """
+
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    reorder: Callable[[Inputs], dict[str, Any]]
+    terms: Callable[[Inputs, Sequence[Tensor | None]], tuple[float, dict[str, Tensor]]]
+
+
+def similarity_lse_reference(
+    a: Tensor, b: Tensor | None = None, *, scale: Tensor | float = 1.0, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The reference of `similarity_lse` under the public function's arguments."""
+    bias, a_ids, b_ids = (options.get(name) for name in ("bias", "a_ids", "b_ids"))
+    same, cols = options.get("pairs") == "same", options.get("return_cols", False)
+    return _similarity_lse_reference(a, b, scale, bias, a_ids, b_ids, same, cols)
+
+
+def _similarity_lse_reorder(inputs: Inputs) -> dict[str, Any]:
+    return {k: x.flip(1) if k in ("a", "b") and x is not None else x for k, x in inputs.items()}
+
+
+def _similarity_lse_terms(
+    inputs: Inputs, upstream: Sequence[Tensor | None]
+) -> tuple[float, dict[str, Tensor]]:
+    a, scale, bias = inputs["a"], inputs.get("scale", 1.0), inputs.get("bias")
+    b = inputs.get("b")
+    b, is_self = (a, True) if b is None else (b, False)
+    products = a @ b.T
+    logits = scale * products + (0.0 if bias is None else bias)
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if inputs.get("a_ids") is not None:
+        b_ids = inputs["a_ids"] if is_self else inputs["b_ids"]
+        excluded = inputs["a_ids"][:, None] == b_ids
+        excluded = ~excluded if inputs.get("pairs") == "same" else excluded
+    if is_self:
+        excluded = excluded | torch.eye(len(a), dtype=torch.bool, device=a.device)
+    finite = logits[logits.isfinite()]
+    allowed = logits.masked_fill(excluded, -torch.inf)
+    weights = torch.zeros_like(logits)  # |g_i| exp(S_ij - row_i) + |h_j| exp(S_ij - col_j)
+    for dim, gradient in zip((1, 0), upstream, strict=False):
+        if gradient is not None:
+            weights += allowed.softmax(dim).nan_to_num(0.0) * gradient.abs().unsqueeze(dim)
+    size = scale.abs() if isinstance(scale, Tensor) else abs(scale)
+    terms = {"scale": (weights * products.abs()).sum(), "bias": weights.sum(0)}
+    terms["a"], terms["b"] = size * (weights @ b.abs()), size * (weights.T @ a.abs())
+    terms["a"] = terms["a"] + terms["b"] if is_self else terms["a"]
+    return (finite.abs().max().item() if len(finite) else 0.0), terms
+
+
+OPS: dict[str, Op] = {
+    "similarity_lse": Op(
+        similarity_lse, similarity_lse_reference, _similarity_lse_reorder, _similarity_lse_terms
+    ),
+}
+
+
+def assert_close_to_reference(
+    op: str,
+    inputs: Inputs,
+    *,
+    run: Callable[..., Any] | None = None,
+    seed: int = 0,
+    upstream: Sequence[Tensor | None] | None = None,
+    needs: Sequence[str] | None = None,
+) -> None:
+    """Raises AssertionError unless an op's values and gradients are as good as its reference's.
+
+    Args:
+        op: a key of OPS.
+        inputs: keyword arguments of the op, as a case makes them.
+        run: what to check, instead of the op's public function.
+        seed: of the random upstream gradients.
+        upstream: gradients of the outputs instead, None for an output that the loss does not use.
+        needs: names of the inputs that require a gradient; every floating tensor if left out.
+    """
+    spec = OPS[op]
+    work = torch.finfo(working_dtype(inputs["a"]))
+    floating = [k for k, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    needs = floating if needs is None else needs
+    exact = {k: x.double() if k in floating else x for k, x in inputs.items()}
+    outputs = _outputs(spec.reference(**inputs))
+    if upstream is None:
+        generator = torch.Generator().manual_seed(seed)
+        upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    in_double = [None if u is None else u.double() for u in upstream]
+
+    truth = _evaluate(spec.reference, exact, in_double, needs)
+    if outputs[0].dtype == torch.float64:  # the rounding of the truth itself shows in another order
+        yardstick = _evaluate(lambda **k: spec.reference(**spec.reorder(k)), inputs, upstream, needs)
+    else:
+        yardstick = _evaluate(spec.reference, inputs, upstream, needs)
+    ours = _evaluate(run or spec.run, inputs, upstream, needs)
+
+    largest, terms = spec.terms(exact, in_double)
+    results = torch.cat([x.abs().flatten() for x in truth[0]])
+    unit = work.eps * max(1.0, largest, *results[results.isfinite()].tolist())
+    assert len(ours[0]) == len(outputs), f"{len(ours[0])} outputs, expected {len(outputs)}"
+    for i, (value, true, yard) in enumerate(zip(ours[0], truth[0], yardstick[0], strict=True)):
+        assert value.dtype == outputs[i].dtype, f"output {i}: {value.dtype}, expected {outputs[i].dtype}"
+        assert_no_worse(f"output {i}", value, true, yard, FLOOR * unit)
+    for name in needs:
+        what, size = f"gradient of {name}", terms[name]
+        value, true, yard = ours[1][name], truth[1][name], yardstick[1][name]
+        assert value.dtype == inputs[name].dtype, f"{what}: {value.dtype}, expected {inputs[name].dtype}"
+        floor = FLOOR * unit * (size.max().item() if size.numel() else 0.0) + work.tiny
+        assert_no_worse(what, value, true, yard, floor)
+        floor = VECTOR_FLOOR * unit * size.norm().item() + work.tiny * len(size.flatten())
+        assert_same_direction(what, value, true, yard, floor)
+
+
+def assert_no_worse(name: str, ours: Tensor, truth: Tensor, yardstick: Tensor, floor: float) -> None:
+    """max |ours - truth| <= 2 max |yardstick - truth| + floor; -inf, inf and NaN in the truth's places."""
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    ours, yardstick = ours.double(), yardstick.double()
+    for what, is_it in (("NaN", torch.isnan), ("-inf", torch.isneginf), ("inf", torch.isposinf)):
+        wrong = int((is_it(ours) != is_it(truth)).sum())
+        assert wrong == 0, f"{name}: {what} differs from the reference in {wrong} of {truth.numel()} places"
+    finite = truth.isfinite()
+    if not finite.any():
+        return
+    error = (ours - truth)[finite].abs().max().item()
+    allowed = 2 * (yardstick - truth)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max().item() + floor
+    assert error <= allowed, f"{name}: max error {error:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"
+
+
+def assert_same_direction(name: str, ours: Tensor, truth: Tensor, yardstick: Tensor, floor: float) -> None:
+    """Cosine and ratio of norms are 1, to (2 |yardstick - truth| + floor) / |truth|."""
+    x, y = ours.double().flatten(), truth.flatten()
+    if not y.isfinite().all() or y.norm() == 0:
+        return  # assert_no_worse has compared these
+    allowed = (2 * (yardstick.double().flatten() - y).norm().item() + floor) / y.norm().item()
+    ratio, cosine = (x.norm() / y.norm()).item(), torch.dot(x / x.norm(), y / y.norm()).item()
+    assert abs(ratio - 1) <= allowed, (
+        f"{name}: |ours| / |truth| - 1 is {ratio - 1:.3g}, allowed {allowed:.3g}"
+    )
+    # |x - y| <= r |y| keeps the angle within asin(r), whose cosine is at least 1 - r^2
+    room = allowed**2 + 1e-13
+    assert allowed >= 1 or 1 - cosine <= room, f"{name}: 1 - cosine is {1 - cosine:.3g}, allowed {room:.3g}"
+
+
+def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _evaluate(
+    function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor | None], needs: Sequence[str]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Detached outputs, and the gradient of each input in `needs`."""
+    leaves = {k: inputs[k].detach().requires_grad_() for k in needs}
+    outputs = _outputs(function(**{**inputs, **leaves}))
+    used = [(x, u) for x, u in zip(outputs, upstream, strict=True) if u is not None and x.requires_grad]
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if used and leaves:
+        heads, grads = zip(*used, strict=True)
+        gradients = torch.autograd.grad(heads, list(leaves.values()), grads, allow_unused=True)
+    filled = {
+        k: torch.zeros_like(leaves[k]) if d is None else d for k, d in zip(leaves, gradients, strict=True)
+    }
+    return tuple(x.detach() for x in outputs), filled
