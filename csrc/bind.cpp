@@ -33,7 +33,8 @@ class SimilarityLseTiles {
                      int threads)
       : kernels_(similarity_lse_kernels<T>(active_isa())), max_cols_(max_cols) {
     if (m < 0 || n < 0 || d < 0 || max_cols < 1 || threads < 1) throw std::invalid_argument("sizes must be positive");
-    if ((a_ids == 0) != (b_ids == 0)) throw std::invalid_argument("a_ids and b_ids come together");
+    // An empty tensor has no address, and then there is no pair to look up either.
+    if (m > 0 && n > 0 && (a_ids == 0) != (b_ids == 0)) throw std::invalid_argument("a_ids and b_ids come together");
     p_.m = m, p_.n = n, p_.d = d;
     p_.a = at<T>(a), p_.b = at<T>(b), p_.scale = at<T>(scale), p_.bias = at<T>(bias);
     p_.a_ids = at<int64_t>(a_ids), p_.b_ids = at<int64_t>(b_ids);
@@ -83,7 +84,7 @@ class SimilarityLseTiles {
     };
     py::gil_scoped_release unlocked;
     if (fill()) return;
-    p_.safe = false, p_.shift = 0;  // a very large upstream gradient
+    p_.safe = false;  // a very large upstream gradient
     fill();
   }
 

@@ -171,7 +171,7 @@ OUTSIDE = [
 def kernels(dtype: torch.dtype = torch.float32) -> tuple[_blocked.CpuTiles, torch.Tensor]:
     a, b = torch.randn(4, 3, dtype=dtype), torch.randn(5, 3, dtype=dtype)
     tiles = _blocked.CpuTiles(a, b, torch.tensor(1.0, dtype=dtype), None, None, None, False)
-    return tiles, tiles.product(0, 0)
+    return tiles, tiles.product(0, 4, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -58,10 +58,10 @@ def test_gil_is_released():
     torch.set_num_threads(1)
     try:
         n = 8192
-        monkey = type("OneTile", (_blocked.CpuTiles,), {"step": n})
-        tiles = monkey(torch.randn(n, 4), torch.randn(n, 4), torch.tensor(1.0), None, None, None, False)
+        whole = type("OneTile", (_blocked.CpuTiles,), {"tile_rows": n, "tile_cols": n})
+        tiles = whole(torch.randn(n, 4), torch.randn(n, 4), torch.tensor(1.0), None, None, None, False)
         tiles.begin_forward(False)
-        tile = tiles.product(0, 0)
+        tile = tiles.product(0, n, 0, n)
     finally:
         torch.set_num_threads(before)
     ticks: list[float] = []
@@ -76,7 +76,7 @@ def test_gil_is_released():
     thread.start()
     began = time.perf_counter()
     for _ in range(5):
-        tiles.forward(tile, 0, 0)
+        tiles.forward(tile, 0, n, 0, n)
     ended = time.perf_counter()
     stop.set()
     thread.join()

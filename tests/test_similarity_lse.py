@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import threading
 
 import pytest
 import torch
@@ -289,6 +290,24 @@ def test_any_number_of_threads(name, dtype, threads, set_threads):
     assert_close_to_reference(OP, BY_NAME[name].inputs(dtype))
 
 
+def test_calls_from_several_threads_do_not_meet():
+    inputs = [torch.randn(600, 32) for _ in range(3)]
+    expected = [similarity_lse(a, scale=0.1) for a in inputs]
+    results: dict[int, list[Tensor]] = {}
+
+    def work(i: int) -> None:
+        results[i] = [similarity_lse(inputs[i], scale=0.1) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, row in enumerate(expected):
+        for result in results[i]:
+            torch.testing.assert_close(result, row)
+
+
 # Anything that hypothesis thinks of.
 
 DRAWN = st.builds(
@@ -343,4 +362,4 @@ def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def test_tiles_are_what_the_sizes_above_assume():
-    assert _blocked.CpuTiles.step == 512
+    assert (_blocked.CpuTiles.tile_rows, _blocked.CpuTiles.tile_cols) == (384, 1024)

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -89,7 +88,7 @@ def assert_same_with_specials(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("n", [None, 7, 530])
 @pytest.mark.parametrize("size", [0.1, 4.0])
 def test_special_value_in(place, value, n, size):
-    """One in the first tile and one beyond it; size 0.1 would be within the safe range, 4 is not."""
+    """One in the first tile and one beyond it; without them size 0.1 would be in the safe range, 4 not."""
     m = 520
     a, b = size * torch.randn(m, 6), None if n is None else size * torch.randn(n, 6)
     bias = torch.randn(m if n is None else n) if place == "bias" else None
@@ -228,6 +227,12 @@ def test_huge_upstream_gradient_leaves_the_safe_range(n, dtype, isa):
     assert_close_to_reference(OP, inputs, upstream=upstream)
 
 
+def test_rows_without_a_pair_stay_in_the_safe_range():
+    t = tiles(torch.randn(3, 2), torch.randn(4, 2), 0.1, torch.full((4,), -INF))
+    t.begin_backward(torch.ones(3), None, torch.full((3,), -INF), None, None)
+    assert t._kernels.safe
+
+
 @pytest.mark.parametrize("column_overflows", [False, True])
 def test_one_overflowing_weight_of_one_side_is_enough(column_overflows):
     a, b = torch.randn(50, 32) / 100, torch.randn(40, 32) / 100
@@ -241,9 +246,13 @@ def test_one_overflowing_weight_of_one_side_is_enough(column_overflows):
 # Memory: nothing is read before it is written, nothing of M x N elements exists.
 
 DIRTY = [
-    "self, bias, many tiles", "many tiles", "self, running maximum", "sorted classes, same", "no columns",
-    "no rows", "self, one row", "scale 0", "bias drops columns, running maximum", "two sides",
-]  # fmt: skip
+    "many tiles",
+    "self, bias, many tiles",
+    "self, running maximum",
+    "sorted classes, same",
+    "no columns",
+]
+DIRTY += ["no rows", "self, one row", "scale 0", "bias drops columns, running maximum", "two sides"]
 
 
 @pytest.mark.parametrize("name", DIRTY)
@@ -290,7 +299,7 @@ def test_no_tensor_beyond_a_tile_and_the_inputs(dtype, two_sided, bias):
         needs = (True, two_sided, True, bias)
         gradients = _blocked.backward(_blocked.CpuTiles(*args), g, g, row, col, needs)
     assert [d is not None for d in gradients] == list(needs)
-    assert sizes.largest <= 512 * 512
+    assert sizes.largest <= 384 * 1024
 
 
 GROWTH = """
@@ -310,24 +319,6 @@ def test_peak_memory_of_a_process():
     """16384 x 8192 logits would be 512 MB in float32; inputs, gradients and one tile are 4 MB."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64
-
-
-def test_calls_from_several_threads_do_not_meet():
-    inputs = [torch.randn(600, 32) for _ in range(3)]
-    expected = [similarity_lse(a, scale=0.1) for a in inputs]
-    results: dict[int, list[Tensor]] = {}
-
-    def work(i: int) -> None:
-        results[i] = [similarity_lse(inputs[i], scale=0.1) for _ in range(5)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, row in enumerate(expected):
-        for result in results[i]:
-            torch.testing.assert_close(result, row)
 
 
 # Bad arguments: the message starts with the argument's name.

@@ -163,7 +163,7 @@ def test_backbone(name, dim):
 
 
 def test_resnet18_has_the_published_size():
-    # torchvision's resnet18 has 11,689,512 parameters; ours has no head (513,000) and a 3x3 stem instead of 7x7
+    # torchvision's resnet18 has 11,689,512 parameters; ours has no head (513,000), and a 3x3 stem, not 7x7
     count = sum(p.numel() for p in models.backbone("resnet18", 3).parameters())
     assert count == 11_689_512 - 513_000 - 64 * 3 * (49 - 9)
 
@@ -350,7 +350,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "name, value",
     [("epochs", 0), ("batch_size", 1), ("image_size", 4), ("learning_rate", -1.0),
-     ("learning_rate", math.nan), ("weight_decay", math.inf), ("temperature", 0.0), ("temperature", math.nan), ("projection_dim", 0)],
+     ("learning_rate", math.nan), ("weight_decay", math.inf), ("temperature", 0.0),
+     ("temperature", math.nan), ("projection_dim", 0)],
 )  # fmt: skip
 def test_bad_options_are_named(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name}: expected"):

@@ -4,6 +4,7 @@
 #include "similarity_lse.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "exp2.h"
 #include "parallel.h"
@@ -70,47 +71,50 @@ struct Mask {
   }
 };
 
-// t_ij = factor * s[j] + offset[j]. For a row that the mask touches, s becomes 0 and the offset -inf where excluded,
-// so that t is -inf there whatever the scale and the inputs are.
+// t_ij = factor * s[j] + offset[j]. For a row that the mask touches, the offset becomes -inf where excluded and s a
+// number that keeps t at -inf whatever the scale and the inputs are.
 template <class T>
-inline const T* row_offset(const Mask<T>& mask, int64_t i, T* s, const T* offset, T* masked) {
+inline const T* row_offset(const Mask<T>& mask, T excluded_s, int64_t i, T* s, const T* offset, T* masked) {
   if (!mask.touches(i)) return offset;
   std::memcpy(masked, offset, static_cast<size_t>(mask.cols) * sizeof(T));
-  mask.fill(i, s, T(0));
+  mask.fill(i, s, excluded_s);
   mask.fill(i, masked, -infinity<T>());
   return masked;
 }
 
 template <class T>
 inline void column_offsets(const SimilarityLse<T>& p, int64_t c0, int64_t cols, T* offset) {
-  for (int64_t j = 0; j < cols; ++j) offset[j] = (p.bias ? p.bias[c0 + j] * T(kLog2e) : T(0)) - p.shift;
+  for (int64_t j = 0; j < cols; ++j) offset[j] = p.bias ? p.bias[c0 + j] * T(kLog2e) : T(0);
 }
 
 template <class T>
-T max_norm(const T* x, int64_t rows, int64_t d, int threads, T* best_of) {
+double max_norm(const T* x, int64_t rows, int64_t d, int threads, T* best_of) {
+  using Wide = std::conditional_t<sizeof(T) == 4, double, long double>;  // squares neither overflow nor vanish in it
   const int parts = parts_for(rows, rows * d, threads);
   parallel_rows(rows, parts, [&](int part, int64_t begin, int64_t end) {
     T best = 0;
     for (int64_t i = begin; i < end; ++i) {
       const T* row = x + i * d;
-      T sum = 0;
+      Wide sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t k = 0; k < d; ++k) sum += row[k] * row[k];
-      best = sum > best || sum != sum ? sum : best;  // a NaN stays
+      for (int64_t k = 0; k < d; ++k) sum += static_cast<Wide>(row[k]) * static_cast<Wide>(row[k]);
+      const T norm = static_cast<T>(__builtin_sqrtl(sum));
+      best = norm > best || norm != norm ? norm : best;  // a NaN stays
     }
     best_of[part] = best;
   });
   T best = best_of[0];
   for (int part = 1; part < parts; ++part)
     best = best_of[part] > best || best_of[part] != best_of[part] ? best_of[part] : best;
-  return static_cast<T>(std::sqrt(static_cast<double>(best)));
+  return best;
 }
 
 template <class T>
 void prepare(SimilarityLse<T>& p) {
   p.factor = static_cast<T>(*p.scale * kLog2e);
-  const T a_norm = max_norm(p.a, p.m, p.d, p.threads, p.scratch);
-  const T b_norm = p.b == p.a ? a_norm : max_norm(p.b, p.n, p.d, p.threads, p.scratch);
+  p.excluded_s = p.factor - p.factor == 0 ? T(0) : p.factor > 0 ? T(-1) : T(1);
+  const double a_norm = max_norm(p.a, p.m, p.d, p.threads, p.scratch);
+  const double b_norm = p.b == p.a ? a_norm : max_norm(p.b, p.n, p.d, p.threads, p.scratch);
   T bias = 0;
   for (int64_t j = 0; p.bias && j < p.n; ++j) {
     const bool dropped = p.bias[j] == -infinity<T>();
@@ -122,7 +126,6 @@ void prepare(SimilarityLse<T>& p) {
   const double scale = *p.scale;
   const double bound = (scale < 0 ? -scale : scale) * a_norm * b_norm + bias;  // |scale <a, b> + bias| <= bound
   p.safe = 2 * bound < 80;                                                     // false for NaN
-  p.shift = p.safe ? static_cast<T>(bound * kLog2e) : T(0);
 }
 
 // (max, sum) of several parts of one log-sum-exp: sum 2^(max - finite_or_zero(new max)). An infinite maximum is
@@ -168,7 +171,7 @@ void forward_rows_safe(const SimilarityLse<T>& p, T* tile, const Mask<T>& mask, 
   const int64_t cols = mask.cols;
   for (int64_t i = begin; i < end; ++i) {
     T* const s = tile + i * cols;
-    const T* const off = row_offset(mask, i, s, offset, masked);
+    const T* const off = row_offset(mask, p.excluded_s, i, s, offset, masked);
     const bool small = off == offset && !p.drops_columns;
     p.row_sum[r0 + i] +=
         small ? sum_row<true>(s, off, p.factor, col_sum, cols) : sum_row<false>(s, off, p.factor, col_sum, cols);
@@ -184,7 +187,7 @@ void forward_rows_running_max(const SimilarityLse<T>& p, T* __restrict tile, con
   const T factor = p.factor;
   for (int64_t i = begin; i < end; ++i) {
     T* __restrict t = tile + i * cols;
-    const T* __restrict off = row_offset(mask, i, t, offset, masked);
+    const T* __restrict off = row_offset(mask, p.excluded_s, i, t, offset, masked);
     T max = -infinity<T>();
 #pragma omp simd reduction(max : max)
     for (int64_t j = 0; j < cols; ++j) {
@@ -248,7 +251,7 @@ void forward_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, 
 template <class T>
 void finish(const SimilarityLse<T>& p, const T* max, const T* sum, T* lse, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const double shift = p.safe ? p.shift : finite_or_zero(max[i]);
+    const double shift = p.safe ? T(0) : finite_or_zero(max[i]);
     lse[i] = static_cast<T>(kLn2 * shift + std::log(static_cast<double>(sum[i])));
   }
 }
@@ -259,8 +262,8 @@ bool weights(const SimilarityLse<T>& p, const T* g, const T* lse, T* weight, T* 
   for (int64_t i = 0; i < count; ++i) {
     const bool none = lse[i] == -infinity<T>();  // no pair: no gradient
     const T t = lse[i] * T(kLog2e);
-    weight[i] = none ? T(0) : p.safe ? static_cast<T>(g[i] * std::exp2(static_cast<double>(p.shift) - t)) : g[i];
-    shift[i] = p.safe ? T(0) : none ? infinity<T>() : t;  // the offsets carry the safe shift
+    weight[i] = none ? T(0) : p.safe ? static_cast<T>(g[i] * std::exp2(-static_cast<double>(t))) : g[i];
+    shift[i] = p.safe ? T(0) : none ? infinity<T>() : t;
     fits = fits && (weight[i] - weight[i] == 0);
   }
   return fits || !p.safe;
@@ -308,7 +311,7 @@ void backward_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows,
     for (int64_t j = 0; p.dbias && j < cols; ++j) bias_sum[j] = 0;
     for (int64_t i = begin; i < end; ++i) {
       T* const s = tile + i * cols;
-      const T* const off = row_offset(mask, i, s, offset, masked);
+      const T* const off = row_offset(mask, p.excluded_s, i, s, offset, masked);
       const auto row = p.safe && off == offset && !p.drops_columns ? backward_row<true, T> : backward_row<false, T>;
       row(p, s, off, p.row_weight[r0 + i], p.row_shift[r0 + i], col_weight, col_shift, cols);
       if (mask.touches(i)) mask.fill(i, s, T(0));  // 0, even where a weight is not finite

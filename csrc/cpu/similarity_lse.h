@@ -3,7 +3,7 @@
 // (forward) or, in place, into the weights of the gradient's matrix products (backward).
 //
 // All logits below are in base 2: t_ij = log2(e) (scale <a_i, b_j> + bias_j), over the allowed pairs.
-//   safe range    |t| is known to be small: one fixed shift, so one 2^(t - shift) serves rows, columns and gradients
+//   safe range    |t| < 58 is known from the norms: one 2^t serves rows, columns and gradients, nothing subtracted
 //   otherwise     a running maximum per row and per column (forward), one exponential per direction (backward)
 #pragma once
 #include <cstdint>
@@ -25,12 +25,12 @@ struct SimilarityLse {
   int threads;
 
   // Filled by `prepare`.
-  T factor = 0;  // log2(e) * scale
-  T shift = 0;   // an upper bound of |t| in the safe range, otherwise 0
+  T factor = 0;      // log2(e) * scale
+  T excluded_s = 0;  // a product for excluded pairs: factor * excluded_s + (-inf) is -inf
   bool safe = false;
   bool drops_columns = false;  // some bias is -inf
 
-  // Forward: sums of 2^(t - max), with max the running maximum (the shift in the safe range). Columns may be null.
+  // Forward: sums of 2^(t - max), with max the running maximum (0 in the safe range). Columns may be null.
   T *row_max = nullptr, *row_sum = nullptr;  // [m]
   T *col_max = nullptr, *col_sum = nullptr;  // [n]
 
@@ -47,7 +47,7 @@ struct SimilarityLse {
 // The kernels of one instruction set.
 template <class T>
 struct SimilarityLseKernels {
-  // factor, shift and safe from max ||a_i||, max ||b_j|| and max |bias_j|.
+  // factor and safe from max ||a_i||, max ||b_j|| and max |bias_j|.
   void (*prepare)(SimilarityLse<T>&);
   void (*forward_tile)(const SimilarityLse<T>&, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
   // lse[i] = ln(2) (max_i + log2(sum_i)).

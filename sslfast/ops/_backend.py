@@ -54,17 +54,19 @@ class use_backend:
         if name not in BACKENDS:
             raise ValueError(f"use_backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
         self.name = name
+        self._before: list[str | None] = []  # a stack: one object may be entered again inside itself
 
     def __enter__(self) -> "use_backend":
         global _forced
-        self._before, _forced = _forced, self.name
+        self._before.append(_forced)
+        _forced = self.name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _forced
-        _forced = self._before
+        _forced = self._before.pop()
 
 
 def forced() -> str | None:

@@ -29,8 +29,8 @@ def forward(tiles: "CpuTiles", return_cols: bool) -> tuple[Tensor, Tensor]:
     """Row log-sum-exps [m], and column log-sum-exps [n] (or [0]), in the working dtype."""
     mirrored = tiles.symmetric and return_cols  # columns are rows again
     tiles.begin_forward(return_cols and not mirrored)
-    for i, j in _walk(tiles):
-        tiles.forward(tiles.product(i, j), i, j)
+    for place in _walk(tiles):
+        tiles.forward(tiles.product(*place), *place)
     row, col = tiles.finish_forward()
     return row, row.clone() if mirrored else col
 
@@ -52,16 +52,14 @@ def backward(
     ga = gb if tiles.symmetric else torch.zeros_like(tiles.b) if need_ga else None
     dbias = g.new_zeros(tiles.n) if need_bias else None
 
-    gb_blocks = None if gb is None else _split(gb, tiles.step)
-    ga_blocks = None if ga is None else _split(ga, tiles.step)
     tiles.begin_backward(g, h, row, col, dbias)
-    for i, j in _walk(tiles):
-        weights = tiles.product(i, j)
-        tiles.backward(weights, i, j)
-        if gb_blocks is not None:
-            tiles.accumulate(gb_blocks[i], weights, tiles.b_blocks[j])
-        if ga_blocks is not None and not (tiles.symmetric and i == j):
-            tiles.accumulate(ga_blocks[j], weights.t(), tiles.a_blocks[i])
+    for r0, rows, c0, cols in _walk(tiles):
+        weights = tiles.product(r0, rows, c0, cols)
+        tiles.backward(weights, r0, rows, c0, cols)
+        if gb is not None:
+            tiles.accumulate(gb[r0 : r0 + rows], weights, tiles.b[c0 : c0 + cols])
+        if ga is not None and not (tiles.symmetric and r0 == c0):
+            tiles.accumulate(ga[c0 : c0 + cols], weights.t(), tiles.a[r0 : r0 + rows])
 
     da = db = dscale = None
     if need_scale:  # <a, G b> = <b, G^T a>
@@ -77,15 +75,20 @@ def backward(
     return da, db, dscale, dbias
 
 
-def _walk(tiles: "CpuTiles") -> Iterator[tuple[int, int]]:
-    """(block of rows, block of columns) of each tile, in a fixed order."""
-    for i in range(len(tiles.a_blocks)):
-        for j in range(i if tiles.symmetric else 0, len(tiles.b_blocks)):
-            yield i, j
+def _walk(tiles: "CpuTiles") -> Iterator[tuple[int, int, int, int]]:
+    """(first row, rows, first column, columns) of each tile, in a fixed order.
 
-
-def _split(x: Tensor, step: int) -> tuple[Tensor, ...]:
-    return (x,) if x.shape[0] <= step else x.split(step)
+    Symmetric: a square on the diagonal, which is its own mirror image, then wide tiles to its right. Half of
+    the square is work done twice, so it is kept small.
+    """
+    for r0 in range(0, tiles.m, tiles.tile_rows):
+        rows = min(tiles.tile_rows, tiles.m - r0)
+        first = 0
+        if tiles.symmetric:
+            yield r0, rows, r0, rows
+            first = r0 + rows
+        for c0 in range(first, tiles.n, tiles.tile_cols):
+            yield r0, rows, c0, min(tiles.tile_cols, tiles.n - c0)
 
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class CpuTiles:
         scale: 0-d, bias: [n] or None; a_ids [m], b_ids [n] int64 or None; same: keep equal ids only.
     """
 
-    step = CPU_TILE
+    tile_rows, tile_cols = CPU_TILE
 
     def __init__(
         self,
@@ -120,13 +123,12 @@ class CpuTiles:
         self.b = self.a if b is None else _as(work, b)
         self.m, d = self.a.shape
         self.n = self.b.shape[0]
-        self.a_blocks = _split(self.a, self.step)
-        self.b_blocks = self.a_blocks if b is None else _split(self.b, self.step)
         self.scale = _as(work, scale)
         self._bias = None if bias is None else _as(work, bias)
         self._a_ids = None if a_ids is None else a_ids.contiguous()
         self._b_ids = self._a_ids if b is None else None if b_ids is None else b_ids.contiguous()
-        self._tile = torch.empty(min(self.step, self.m), min(self.step, self.n), dtype=work)
+        max_cols = max(1, min(max(self.tile_rows, self.tile_cols), self.n))
+        self._tile = torch.empty(min(self.tile_rows, self.m), max_cols, dtype=work, device=a.device)
         self._buffer = self._tile.view(-1)
         self._kernels = (_C.SimilarityLseF64 if work == torch.float64 else _C.SimilarityLseF32)(
             self.m,
@@ -141,20 +143,18 @@ class CpuTiles:
             same,
             self.is_self,
             self.symmetric,
-            max(1, min(self.step, self.n)),
+            max_cols,
             torch.get_num_threads(),
         )
 
     def _pointer(self, name: str, tensor: Tensor | None, *shape: int) -> int:
         return pointer(name, tensor, self.a.dtype, shape, self.a.device)
 
-    def product(self, i: int, j: int) -> Tensor:
-        """a_blocks[i] b_blocks[j]^T, in the one tile buffer."""
-        a, b = self.a_blocks[i], self.b_blocks[j]
-        rows, cols = a.shape[0], b.shape[0]
+    def product(self, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        """a[r0 : r0 + rows] b[c0 : c0 + cols]^T, in the one tile buffer."""
         if self._tile.shape != (rows, cols):
             self._tile = self._buffer[: rows * cols].view(rows, cols)
-        return torch.mm(a, b.t(), out=self._tile)
+        return torch.mm(self.a[r0 : r0 + rows], self.b[c0 : c0 + cols].t(), out=self._tile)
 
     def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
         """total += weights operand."""
@@ -168,10 +168,8 @@ class CpuTiles:
             self._pointer("col_state", self._col_state, 2, self.n),
         )
 
-    def forward(self, tile: Tensor, i: int, j: int) -> None:
-        rows, cols = tile.shape
-        address = self._pointer("tile", tile, rows, cols)
-        self._kernels.forward(address, i * self.step, rows, j * self.step, cols)
+    def forward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> None:
+        self._kernels.forward(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)
 
     def finish_forward(self) -> tuple[Tensor, Tensor]:
         row = self.a.new_empty(self.m)
@@ -201,7 +199,5 @@ class CpuTiles:
             self._pointer("dbias", dbias, self.n),
         )
 
-    def backward(self, tile: Tensor, i: int, j: int) -> None:
-        rows, cols = tile.shape
-        address = self._pointer("tile", tile, rows, cols)
-        self._kernels.backward(address, i * self.step, rows, j * self.step, cols)
+    def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> None:
+        self._kernels.backward(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)

@@ -6,6 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+TINIEST_TEMPERATURE = 1e-30  # below it the inverse, or a logit, would overflow a float32
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,7 +48,9 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
                 f"got {value.dtype} {list(value.shape)}"
             )
         return value.to(like.device, work)
-    return torch.full((), number(name, value), dtype=work, device=like.device)
+    if abs(number(name, value)) > torch.finfo(work).max:
+        raise ValueError(f"{name}: expected a number that {work} can hold, got {value}")
+    return torch.full((), value, dtype=work, device=like.device)
 
 
 def number(name: str, value: float) -> float:
@@ -62,7 +65,7 @@ def number(name: str, value: float) -> float:
 def inverse_temperature(name: str, temperature: Tensor | float) -> Tensor | float:
     """1 / temperature. A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
     if not isinstance(temperature, Tensor):
-        if number(name, temperature) == 0:
+        if abs(number(name, temperature)) < TINIEST_TEMPERATURE:
             raise ValueError(f"{name}: expected a number other than 0, got {temperature}")
         return 1.0 / temperature
     if temperature.dim() != 0 or not temperature.is_floating_point():

@@ -4,10 +4,15 @@
 # tracing and dispatch modes (torch.compile, fake tensors, subclasses) need it, so a plain eager call goes
 # straight to the kernel.
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 
+_ONCE = (
+    "this backend of sslfast differentiates once; for higher derivatives call the function inside "
+    "`with sslfast.use_backend('reference'):`"
+)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("sslfast", "DEF")
 
@@ -33,3 +38,25 @@ def define(
         return (implementation if plain and not torch._C._len_torch_dispatch_stack() else op)(*args)
 
     return call
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Decorates a `backward` whose results have no derivative, so that asking for one raises.
+
+    torch's decorator of this name only looks at the incoming gradients, so the second derivative through the
+    saved inputs (a gradient penalty) would be taken for zero.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx, *gradients):
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return outputs
+        tensors = [x for x in outputs if x is not None]
+        error = torch._C._functions.DelayedError(_ONCE.encode(), len(tensors))
+        results = error(*(x.detach().requires_grad_() for x in tensors))
+        marked = iter([results] if len(tensors) == 1 else results)
+        return tuple(None if x is None else next(marked) for x in outputs)
+
+    return guarded

@@ -9,12 +9,11 @@ the CPU; PyTorch serves the rest.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sslfast import _C
 from sslfast.ops import _backend
 from sslfast.ops._check import working_dtype
-from sslfast.ops._library import define
+from sslfast.ops._library import define, once_differentiable
 
 EPS = 1e-12  # as torch.nn.functional.normalize; float16 could not hold it, hence norms in float32
 
@@ -118,5 +117,7 @@ def pair_rows(x: Tensor, y: Tensor, normalize: bool, dtype: torch.dtype) -> tupl
     """
     served = x.device.type == "cpu" and x.dtype in _KERNELS and x.dtype == dtype
     if served and _backend.forced() in (None, "cpu"):
+        if y is x and torch.compiler.is_compiling():  # torch.compile takes no tensor twice
+            y = y.view_as(y)
         return _PairRows.apply(x, y, normalize)
     return reference(x, y, normalize, dtype)

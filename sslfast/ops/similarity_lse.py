@@ -10,11 +10,10 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sslfast.ops import _backend
 from sslfast.ops._check import FLOATS, check_tensor, scalar, working_dtype
-from sslfast.ops._library import define
+from sslfast.ops._library import define, once_differentiable
 
 
 def reference(
