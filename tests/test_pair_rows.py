@@ -67,6 +67,11 @@ def test_norms_beyond_the_range_of_squares(isa):
     expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.3, 0.4], [0.0, 0.0]])
     torch.testing.assert_close(z, torch.cat((expected, expected.flip(1))))
     torch.testing.assert_close(positive, torch.tensor([0.96, 0.96, 0.24, 0.0]))
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(pair_rows(x, x.flip(1).detach(), True, torch.float32)[0][:4].sum(), x)
+    # (1 - z <1, z>) / |x|, and 1 / 1e-12 where 1e-12 stands in for the norm
+    torch.testing.assert_close(dx[1], torch.tensor([1 - 0.6 * 1.4, 1 - 0.8 * 1.4]) / 5e-11)
+    torch.testing.assert_close(dx[2:], torch.full((2, 2), 1e12))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

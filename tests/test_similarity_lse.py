@@ -163,7 +163,7 @@ def test_differentiable_once_on_cpu_and_twice_on_the_reference():
     row = similarity_lse(a, scale=scale)
     for upstream in (torch.ones(4, dtype=torch.float64), torch.ones_like(row, requires_grad=True)):
         (first,) = torch.autograd.grad(row, a, upstream, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        with pytest.raises(RuntimeError, match="differentiates once|does not require grad"):
             first.sum().backward()
     with sslfast.use_backend("reference"):
         assert torch.autograd.gradgradcheck(lambda a, s: similarity_lse(a, scale=s), (a, scale))

@@ -212,6 +212,26 @@ void forward_rows_running_max(const SimilarityLse<T>& p, T* __restrict tile, con
   }
 }
 
+// Log-sum-exps of columns, as (max, sum): adds those of one group of rows to those of others.
+template <class T>
+void fold(bool safe, T* __restrict max, T* __restrict sum, const T* __restrict other_max, const T* __restrict other_sum,
+          int64_t cols) {
+  if (safe) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) sum[j] += other_sum[j];
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) merge(max[j], sum[j], other_max[j], other_sum[j]);
+  }
+}
+
+template <class T>
+void clear(T* max, T* sum, int64_t cols) {
+  for (int64_t j = 0; j < cols; ++j) max[j] = -infinity<T>(), sum[j] = 0;
+}
+
+constexpr int64_t kStrip = 32;  // rows that are added one by one to a column's sum; strips then add up: less rounding
+
 template <class T>
 void forward_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
   const Mask<T> mask(p, r0, c0, cols);
@@ -225,26 +245,26 @@ void forward_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, 
     T* const offset = p.scratch + part * room;
     T* const masked = offset + cols;
     T* const col_max = masked + cols;
-    T* const col_sum = sum_to ? col_max + cols : nullptr;
+    T* const col_sum = col_max + cols;
+    T* const strip_max = col_sum + cols;
+    T* const strip_sum = sum_to ? strip_max + cols : nullptr;
     column_offsets(p, c0, cols, offset);
-    for (int64_t j = 0; col_sum && j < cols; ++j) col_sum[j] = 0, col_max[j] = -infinity<T>();
-    if (p.safe) {
-      forward_rows_safe(p, tile, mask, offset, masked, col_sum, r0, begin, end);
-    } else {
-      forward_rows_running_max(p, tile, mask, offset, masked, col_max, col_sum, r0, begin, end);
+    if (sum_to) clear(col_max, col_sum, cols);
+    for (int64_t first = begin; first < end; first += kStrip) {
+      const int64_t last = first + kStrip < end ? first + kStrip : end;
+      if (sum_to) clear(strip_max, strip_sum, cols);
+      if (p.safe) {
+        forward_rows_safe(p, tile, mask, offset, masked, strip_sum, r0, first, last);
+      } else {
+        forward_rows_running_max(p, tile, mask, offset, masked, strip_max, strip_sum, r0, first, last);
+      }
+      if (sum_to) fold(p.safe, col_max, col_sum, strip_max, strip_sum, cols);
     }
   });
 
   for (int part = 0; sum_to && part < parts; ++part) {  // in fixed order
     const T* const col_max = p.scratch + part * room + 2 * cols;
-    const T* const col_sum = col_max + cols;
-    if (p.safe) {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) sum_to[j] += col_sum[j];
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) merge(max_to[j], sum_to[j], col_max[j], col_sum[j]);
-    }
+    fold(p.safe, max_to, sum_to, col_max, col_max + cols, cols);
   }
 }
 

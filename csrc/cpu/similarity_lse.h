@@ -41,7 +41,7 @@ struct SimilarityLse {
 
   // Room for each thread to work in: `scratch_size` elements per thread.
   T* scratch = nullptr;
-  static int64_t scratch_size(int64_t max_cols) { return 4 * max_cols; }
+  static int64_t scratch_size(int64_t max_cols) { return 6 * max_cols; }
 };
 
 // The kernels of one instruction set.

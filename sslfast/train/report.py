@@ -13,6 +13,7 @@ from sslfast.train.data import Dataset
 def loss_curve(metrics: Path, path: Path) -> None:
     """Loss and learning rate over the epochs of metrics.csv."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
@@ -21,7 +22,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes = figure.subplots()
     axes.plot(epochs, [float(row["loss"]) for row in rows], marker=".", label="loss")
     axes.set(xlabel="epoch", ylabel="loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate = axes.twinx()
     rate.plot(
         epochs, [float(row["learning_rate"]) for row in rows], color="tab:gray", ls=":", label="learning rate"
