@@ -126,7 +126,7 @@ def test_backends():
     z, positive = pair_rows(x, y, True, torch.float64)
     assert "PairRows" in type(z.grad_fn).__name__
     (dx,) = torch.autograd.grad(positive.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiates once"):
         dx.sum().backward()
     with sslfast.use_backend("reference"):
         assert torch.autograd.gradgradcheck(lambda x, y: pair_rows(x, y, True, torch.float64), (x, y))
