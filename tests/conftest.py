@@ -1,3 +1,4 @@
+import os
 import site
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,13 @@ def pytest_configure() -> None:
     package = Path(sslfast.__file__).resolve().parent
     checkout = Path(__file__).resolve().parents[1] / "sslfast"
     installed = [Path(p).resolve() for p in (*site.getsitepackages(), site.getusersitepackages())]
-    if package != checkout and package.parent not in installed:
+    expected = os.environ.get(
+        "SSLFAST_EXPECT_IN"
+    )  # a folder: a build that is neither, and no other, is meant
+    if expected:
+        if Path(expected).resolve() not in package.parents:
+            raise pytest.UsageError(f"sslfast comes from {package}, not from {expected}")
+    elif package != checkout and package.parent not in installed:
         raise pytest.UsageError(f"sslfast comes from {package}, neither {checkout} nor an installed package")
 
 

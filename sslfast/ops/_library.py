@@ -1,8 +1,8 @@
 """Registers an op with torch's dispatcher: define, implementation and fake in one call."""
 
-# A call through the dispatcher to a Python kernel costs about 30 us each way, which a small loss feels. Only
-# tracing and dispatch modes (torch.compile, fake tensors, subclasses) need it, so a plain eager call goes
-# straight to the kernel.
+# A call through the dispatcher to a Python kernel costs tens of microseconds each way, which a small loss
+# feels. Only tracing and dispatch modes (torch.compile, fake tensors, subclasses) need it, so a plain eager
+# call goes straight to the kernel.
 
 import functools
 from collections.abc import Callable, Sequence
