@@ -11,14 +11,15 @@ import sslfast
 from sslfast.cli import main
 
 
-def test_import_is_light():
+def test_import_is_light(tmp_path):
     code = (
         "import sys, sslfast; "
         "heavy = {'triton', 'matplotlib', 'sklearn', 'kornia', 'rich', 'tyro', 'PIL', 'mlxtend', "
         "'sslfast.train'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]  # elsewhere, since -c puts the current folder on sys.path
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"
 
 

@@ -315,9 +315,10 @@ print((step(16384, 8192) - small) // 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in the units of Linux")
-def test_peak_memory_of_a_process():
+def test_peak_memory_of_a_process(tmp_path):
     """16384 x 8192 logits would be 512 MB in float32; inputs, gradients and one tile are 4 MB."""
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", GROWTH]  # elsewhere, since -c puts the current folder on sys.path
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(done.stdout) < 64
 
 
