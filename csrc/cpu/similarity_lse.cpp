@@ -4,6 +4,7 @@
 #include "similarity_lse.h"
 
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "exp2.h"
@@ -84,7 +85,7 @@ inline const T* row_offset(const Mask<T>& mask, T excluded_s, int64_t i, T* s, c
 
 template <class T>
 inline void column_offsets(const SimilarityLse<T>& p, int64_t c0, int64_t cols, T* offset) {
-  for (int64_t j = 0; j < cols; ++j) offset[j] = p.bias ? p.bias[c0 + j] * T(kLog2e) : T(0);
+  for (int64_t j = 0; j < cols; ++j) offset[j] = p.offset + (p.bias ? p.bias[c0 + j] * T(kLog2e) : T(0));
 }
 
 template <class T>
@@ -112,6 +113,10 @@ double max_norm(const T* x, int64_t rows, int64_t d, int threads, T* best_of) {
 template <class T>
 void prepare(SimilarityLse<T>& p) {
   p.factor = static_cast<T>(*p.scale * kLog2e);
+  if (p.factor != p.factor) {  // NaN comes in as an offset, which excluded pairs do not have
+    p.offset = p.factor;
+    p.factor = 0;
+  }
   p.excluded_s = p.factor - p.factor == 0 ? T(0) : p.factor > 0 ? T(-1) : T(1);
   const double a_norm = max_norm(p.a, p.m, p.d, p.threads, p.scratch);
   const double b_norm = p.b == p.a ? a_norm : max_norm(p.b, p.n, p.d, p.threads, p.scratch);
@@ -284,7 +289,8 @@ bool weights(const SimilarityLse<T>& p, const T* g, const T* lse, T* weight, T* 
     const T t = lse[i] * T(kLog2e);
     weight[i] = none ? T(0) : p.safe ? static_cast<T>(g[i] * std::exp2(-static_cast<double>(t))) : g[i];
     shift[i] = p.safe ? T(0) : none ? infinity<T>() : t;
-    fits = fits && (weight[i] - weight[i] == 0);
+    const T size = weight[i] < 0 ? -weight[i] : weight[i];
+    fits = fits && (size - size == 0) && (size >= std::numeric_limits<T>::min() || g[i] == 0 || none);
   }
   return fits || !p.safe;
 }

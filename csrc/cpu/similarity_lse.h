@@ -25,7 +25,8 @@ struct SimilarityLse {
   int threads;
 
   // Filled by `prepare`.
-  T factor = 0;      // log2(e) * scale
+  T factor = 0;      // log2(e) * scale, 0 where that is NaN
+  T offset = 0;      // added to each allowed pair: 0, or NaN where the scale is
   T excluded_s = 0;  // a product for excluded pairs: factor * excluded_s + (-inf) is -inf
   bool safe = false;
   bool drops_columns = false;  // some bias is -inf
@@ -52,8 +53,8 @@ struct SimilarityLseKernels {
   void (*forward_tile)(const SimilarityLse<T>&, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
   // lse[i] = ln(2) (max_i + log2(sum_i)).
   void (*finish)(const SimilarityLse<T>&, const T* max, const T* sum, T* lse, int64_t count);
-  // weight and shift from the gradient g of a log-sum-exp and its value; returns false if a weight overflows the
-  // safe range, after which the caller clears `safe` and asks again.
+  // weight and shift from the gradient g of a log-sum-exp and its value; returns false if a weight leaves the
+  // numbers of full precision in the safe range, after which the caller clears `safe` and asks again.
   bool (*weights)(const SimilarityLse<T>&, const T* g, const T* lse, T* weight, T* shift, int64_t count);
   void (*backward_tile)(const SimilarityLse<T>&, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
   void (*exp2)(const T* x, T* y, int64_t count);

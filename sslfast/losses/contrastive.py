@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslfast.ops import similarity_lse
-from sslfast.ops._check import FLOATS, check_tensor, inverse_temperature, number, working_dtype
+from sslfast.ops._check import (
+    FLOATS,
+    check_temperature,
+    check_tensor,
+    inverse_temperature,
+    number,
+    working_dtype,
+)
 from sslfast.ops.pair_rows import EPS, pair_rows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,7 +64,7 @@ def ntxent_loss(
         TypeError, ValueError: an invalid argument; the message names it.
     """
     n = _check_sides("z1", z1, "z2", z2)
-    scale = inverse_temperature("temperature", temperature)
+    scale = inverse_temperature("temperature", temperature, z1)
     _check_reduction(reduction)
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z1)
@@ -97,7 +104,7 @@ def info_nce_loss(
         weights: [N] floating, non-negative weights of the terms.
         label_smoothing: share of the target, in [0, 1), spread evenly over the positive and all negatives.
         margin: taken off the positive's similarity before the temperature (additive margin softmax).
-        reduction: "mean" (weighted where weights are given), "sum", or "none": [N].
+        reduction: "mean" (weighted where weights are given; NaN where they add up to 0), "sum", or "none": [N].
 
     Returns:
         float32 (float64 for float64 input). A query without negatives has loss 0.
@@ -106,13 +113,15 @@ def info_nce_loss(
         TypeError, ValueError: an invalid argument; the message names it.
     """
     n = _check_sides("query", query, "key", key)
-    scale = inverse_temperature("temperature", temperature)
+    scale = inverse_temperature("temperature", temperature, query)
     _check_reduction(reduction)
     if not 0 <= number("label_smoothing", label_smoothing) < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     number("margin", margin)
     if weights is not None:
         check_tensor("weights", weights, FLOATS, (n,), query)
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
+            raise ValueError("weights: expected no negative and no NaN, got some")
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), query)
     else:
@@ -151,7 +160,7 @@ class NTXentLoss(nn.Module):
         self, temperature: Tensor | float = 0.5, *, normalize: bool = True, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        inverse_temperature("temperature", temperature)
+        check_temperature("temperature", temperature)
         _check_reduction(reduction)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
 
@@ -178,7 +187,7 @@ class InfoNCELoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        inverse_temperature("temperature", temperature)
+        check_temperature("temperature", temperature)
         _check_reduction(reduction)
         self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
         self.label_smoothing, self.margin, self.reduction = label_smoothing, margin, reduction

@@ -14,7 +14,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "similarity_lse": {"cpu": ("cpu",), "cuda": ()},
 }
 
-_forced: str | None = None
+_blocks: list["use_backend"] = []  # those entered and not left, of all threads
+_forced: str | None = None  # the name of the last of them
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def implementation(op: str, name: str) -> Backend:
 
 
 class use_backend:
-    """Forces one backend for every op called inside a `with` block, in the whole process.
+    """Forces one backend for every op called inside a `with` block, in the whole process (all threads).
 
     A call that the backend cannot serve raises RuntimeError. The backward pass of a call uses the backend of
     its forward pass, wherever and whenever it runs.
@@ -54,11 +55,10 @@ class use_backend:
         if name not in BACKENDS:
             raise ValueError(f"use_backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
         self.name = name
-        self._before: list[str | None] = []  # a stack: one object may be entered again inside itself
 
     def __enter__(self) -> "use_backend":
         global _forced
-        self._before.append(_forced)
+        _blocks.append(self)
         _forced = self.name
         return self
 
@@ -66,7 +66,8 @@ class use_backend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _forced
-        _forced = self._before.pop()
+        _blocks.remove(self)  # blocks of several threads need not end in the order in which they began
+        _forced = _blocks[-1].name if _blocks else None
 
 
 def forced() -> str | None:
@@ -118,9 +119,13 @@ def pointer(
         or tensor.dtype != dtype
         or tensor.shape != shape
         or not tensor.is_contiguous()
+        or tensor.is_neg()
     ):
         raise ValueError(
             f"{name}: a kernel needs a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, "
             f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"{name}: a kernel needs a tensor with memory, got one whose storage was freed")
+    return address

@@ -27,6 +27,8 @@ def check_tensor(
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{' (nested)' * x.is_nested}")
     got = x.shape
     fits = len(got) == len(shape)
     for want, size in zip(shape, got):  # noqa: B905 (lengths are compared above)
@@ -34,6 +36,8 @@ def check_tensor(
     if not fits:
         expected = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(got)}")
+    if x.device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
 
@@ -62,17 +66,24 @@ def number(name: str, value: float) -> float:
     return value
 
 
-def inverse_temperature(name: str, temperature: Tensor | float) -> Tensor | float:
-    """1 / temperature. A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
+def check_temperature(name: str, temperature: Tensor | float) -> None:
+    """A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
     if not isinstance(temperature, Tensor):
         if abs(number(name, temperature)) < TINIEST_TEMPERATURE:
             raise ValueError(f"{name}: expected a number other than 0, got {temperature}")
-        return 1.0 / temperature
+        return
     if temperature.dim() != 0 or not temperature.is_floating_point():
         raise ValueError(
             f"{name}: expected a number or a 0-d floating-point tensor, "
             f"got {temperature.dtype} {list(temperature.shape)}"
         )
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
-        inverse_temperature(name, float(temperature.detach()))
-    return temperature.reciprocal()
+        check_temperature(name, float(temperature.detach()))
+
+
+def inverse_temperature(name: str, temperature: Tensor | float, like: Tensor) -> Tensor | float:
+    """1 / temperature, of a tensor in the working dtype and on the device of `like`, gradient kept."""
+    check_temperature(name, temperature)
+    if not isinstance(temperature, Tensor):
+        return 1.0 / temperature
+    return temperature.to(like.device, working_dtype(like)).reciprocal()

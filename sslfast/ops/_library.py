@@ -34,10 +34,18 @@ def define(
     op = getattr(torch.ops.sslfast, name).default
 
     def call(*args):
-        plain = type(args[0]) in _PLAIN and not torch.compiler.is_compiling()
-        return (implementation if plain and not torch._C._len_torch_dispatch_stack() else op)(*args)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, args)):
+            return op(*args)
+        return implementation(*args)
 
     return call
+
+
+def _is_plain(x) -> bool:
+    """Not a tensor, or one that holds its numbers as they are: no subclass, no lazy negation, no lazy zero."""
+    if not isinstance(x, torch.Tensor):
+        return True
+    return type(x) in _PLAIN and not x.is_neg() and not x._is_zerotensor()
 
 
 def once_differentiable(backward: Callable) -> Callable:

@@ -206,6 +206,7 @@ def similarity_lse(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names
         it.
     """
+    check_tensor("a", a, FLOATS, (None, None))
     a, b = _autocast(a, b)
     scale = _check(a, b, scale, bias, a_ids, b_ids, pairs)
     same = pairs == "same"
@@ -219,7 +220,7 @@ def similarity_lse(
 
 
 def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(a, Tensor) or not torch.is_autocast_enabled(a.device.type):
+    if not torch.is_autocast_enabled(a.device.type):
         return a, b
     dtype = torch.get_autocast_dtype(a.device.type)
     eligible = [x.is_floating_point() and x.dtype != torch.float64 for x in (a, b) if isinstance(x, Tensor)]
@@ -230,7 +231,6 @@ def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def _check(a, b, scale, bias, a_ids, b_ids, pairs) -> Tensor:
     """Raises unless the call is valid; returns scale as a 0-d tensor of the working dtype."""
-    check_tensor("a", a, FLOATS, (None, None))
     if b is not None:
         check_tensor("b", b, (a.dtype,), (None, a.shape[1]), a)
     elif b_ids is not None:
