@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench sanitize wheel-check clean
+.PHONY: demo test accuracy lint format bench sanitize wheel-check clean
 
 demo: $(READY)
 	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
 
 test: $(READY)
 	$(BIN)/pytest
+
+accuracy: $(READY)
+	$(BIN)/pytest -m accuracy -s
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,7 +39,9 @@ sanitize: $(READY)
 	    --no-build-isolation --no-deps --target $(SANITIZED) .
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SSLFAST_EXPECT_IN=$(SANITIZED) \
-	    $(BIN)/pytest -k "not compile and not drawn" tests/test_backends.py tests/test_pair_rows.py tests/test_similarity_lse.py
+	    $(BIN)/pytest -k "not compile and not peak_memory" tests/test_backends.py tests/test_pair_rows.py \
+	    tests/test_similarity_lse.py tests/test_similarity_lse_edges.py tests/test_unusual_tensors.py \
+	    tests/test_contrastive.py tests/test_native.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1

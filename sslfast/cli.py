@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-NEEDS_TRAIN = {"tyro", "rich", "matplotlib", "PIL", "safetensors", "kornia", "mlxtend", "sklearn"}
+NEEDS_TRAIN = {"tyro", "rich", "matplotlib", "PIL", "safetensors", "kornia", "mlxtend", "sklearn", "skimage"}
 
 
 def doctor() -> None:
@@ -17,9 +18,9 @@ def doctor() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. An error in what the user gave is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["doctor"] and len(argv) == 1:  # needs nothing but the library
-        return doctor()
     try:
+        if argv == ["doctor"]:  # needs nothing but the library
+            return doctor()
         _parse_and_run(argv)
     except ModuleNotFoundError as error:
         if error.name not in NEEDS_TRAIN:
@@ -30,6 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"sslfast: {error}", file=sys.stderr)
         sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        print(f"sslfast: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        print(f"sslfast: {stop or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parse_and_run(argv: list[str]) -> None:
@@ -39,7 +46,7 @@ def _parse_and_run(argv: list[str]) -> None:
 
     methods = tyro.extras.SubcommandApp()
     for name, config_type in CONFIGS.items():
-        methods.command(name=name)(_trainer(name, config_type))
+        methods.command(name=name)(_trainer(name, config_type, argv))
     if argv[:1] == ["train"]:
         methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
         return
@@ -47,16 +54,39 @@ def _parse_and_run(argv: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, prog="sslfast", args=argv)
 
 
-def _trainer(method: str, config_type: type) -> Callable:
+def _trainer(method: str, config_type: type, argv: list[str]) -> Callable:
     import tyro
 
-    def train(config: tyro.conf.OmitArgPrefixes[config_type]) -> None:  # type: ignore[valid-type]
+    def train(config) -> None:
         from sslfast.train import loop
 
         loop.train(method, config)
 
+    without_prefix: Any = tyro.conf.OmitArgPrefixes
+    train.__annotations__["config"] = without_prefix[config_type]
     train.__doc__ = config_type.__doc__
+    if argv[1:2] == [method]:
+        train.__defaults__ = _resumed(method, argv)
     return train
+
+
+def _resumed(method: str, argv: list[str]) -> tuple | None:
+    """With --resume, the options of the run in --out as defaults, so that they need not be given again."""
+    import argparse
+    import dataclasses
+
+    from sslfast.train import config
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--out", type=Path)
+    scan.add_argument("--resume", action="store_true")
+    given, _ = scan.parse_known_args(argv)
+    if not (given.resume and given.out and (given.out / "config.json").exists()):
+        return None
+    theirs, options = config.load(given.out)
+    if theirs != method:
+        raise ValueError(f"resume: the run in {given.out} is of {theirs}, got {method}")
+    return (dataclasses.replace(options, resume=True),)
 
 
 def _list_methods() -> None:
@@ -70,11 +100,11 @@ def _evaluator() -> Callable:
         """Measure a run again: kNN, linear probe and 10 labels per class, beside two baselines."""
         from rich.console import Console
 
-        from sslfast.train import config, data
+        from sslfast.train import config, sources
         from sslfast.train import evaluate as evaluation
 
         method, cfg = config.load(run)
-        evaluation.run(method, cfg, data.load(cfg.data, cfg.image_size), Console())
+        evaluation.run(method, cfg, sources.load(cfg.data, cfg.image_size), Console())
 
     return evaluate
 

@@ -3,6 +3,7 @@ import site
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,17 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path) -> Path:
+    """Two classes of 20 images: dark and light noise, so that even an untrained encoder separates them."""
+    from PIL import Image
+
+    for name, low in (("dark", 0), ("light", 150)):
+        for i in range(20):
+            pixels = np.random.default_rng(i).integers(low, low + 100, (16, 16, 3), dtype=np.uint8)
+            path = tmp_path / "images" / name / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "images"

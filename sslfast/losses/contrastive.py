@@ -104,7 +104,8 @@ def info_nce_loss(
         weights: [N] floating, non-negative weights of the terms.
         label_smoothing: share of the target, in [0, 1), spread evenly over the positive and all negatives.
         margin: taken off the positive's similarity before the temperature (additive margin softmax).
-        reduction: "mean" (weighted where weights are given; NaN where they add up to 0), "sum", or "none": [N].
+        reduction: "mean" (weighted where weights are given; NaN where they add up to 0), "sum", or "none":
+        [N].
 
     Returns:
         float32 (float64 for float64 input). A query without negatives has loss 0.

@@ -34,7 +34,11 @@ def define(
     op = getattr(torch.ops.sslfast, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, args)):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not all(map(_is_plain, args))
+        ):
             return op(*args)
         return implementation(*args)
 
@@ -42,7 +46,7 @@ def define(
 
 
 def _is_plain(x) -> bool:
-    """Not a tensor, or one that holds its numbers as they are: no subclass, no lazy negation, no lazy zero."""
+    """Not a tensor, or one that holds its numbers as they are: no subclass, no lazy negation or zero."""
     if not isinstance(x, torch.Tensor):
         return True
     return type(x) in _PLAIN and not x.is_neg() and not x._is_zerotensor()

@@ -1,11 +1,11 @@
 """Batched augmentations on the training device, by kornia. Images are float in [0, 1], [B, C, H, W]."""
 
+import torch
 from torch import Tensor, nn
 
 
 def two_views(preset: str, image_size: int, channels: int) -> nn.Module:
-    """A module that maps [B, C, H, W] to [2B, C, H, W]: two independent random views of each image, first
-    views first.
+    """A module that maps [B, C, H, W] to two such tensors: two independent random views of each image.
 
     Args:
         preset: "simclr": the recipe of the official code for small images (colour strength 0.5, blur above 32
@@ -27,8 +27,9 @@ class _TwoViews(nn.Module):
         super().__init__()
         self.augment = augment
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.augment(images.repeat(2, 1, 1, 1)).clamp(0, 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        views = self.augment(images.repeat(2, 1, 1, 1)).clamp(0, 1)
+        return views.contiguous(memory_format=torch.channels_last).chunk(2)
 
 
 def _simclr(size: int, channels: int, strength: float = 0.5) -> nn.Module:
@@ -55,4 +56,5 @@ def _mnist() -> nn.Module:
         translate=(0.1, 0.1),
         scale=(0.7, 1.2),
         shear=(-15.0, 15.0, -15.0, 15.0),  # type: ignore[arg-type]  # x and y, which kornia's annotation leaves out
+        p=1.0,
     )

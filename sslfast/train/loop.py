@@ -1,189 +1,145 @@
-"""The training loop that every method shares: batches, views, steps, progress and the run folder."""
+"""The training loop that every method shares."""
 
-import csv
-import os
-import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
-from sslfast.train import augment, config, data, evaluate, models, optim, report
+from sslfast.train import augment, checkpoint, evaluate, models, optim, report, sources
 from sslfast.train.config import SimCLRConfig, TrainConfig
-from sslfast.train.methods import Method
+from sslfast.train.log import Log
+from sslfast.train.methods import Method, Now
 from sslfast.train.methods.simclr import SimCLR
+from sslfast.train.monitor import CollapseMonitor
+from sslfast.train.run import WEIGHTS, Interruption, Run
 
-METRICS = ("epoch", "loss", "feature_std", "learning_rate", "images_per_second", "data_wait", "seconds")
+
+def train(method: str, cfg: TrainConfig) -> Path:
+    """Trains, evaluates, and leaves the run in `cfg.out`.
+
+    Raises:
+        ValueError: an option, the data or the run to resume is not what it should be; nothing was started.
+        FloatingPointError: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+    """
+    console = Console()
+    device = cfg.resolve_device()
+    dataset = sources.load(cfg.data, cfg.image_size)
+    count, (channels, size, _) = len(dataset.train), dataset.train.shape
+    batch_size = min(cfg.batch_size, count)
+    steps = count // (batch_size * cfg.accumulate)  # a smaller last batch has fewer negatives: left out
+    if not steps:
+        most = count // batch_size
+        raise ValueError(f"accumulate: expected at most {most} for {count} images, got {cfg.accumulate}")
+    if cfg.knn_every and (dataset.train.labels is None or not len(dataset.test)):
+        raise ValueError("knn_every: expected 0 for data without labels or test images")
+    total, peak = cfg.epochs * steps, cfg.resolve_learning_rate()
+    model = build(method, cfg, channels, size).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    views = augment.two_views(cfg.resolve_augment(), size, channels).to(device)
+    update, monitor, log = Update(model, cfg, device), CollapseMonitor(), Log(cfg.out, console, total)
+    parts = {"model": model, "update": update, "monitor": monitor, "log": log}
+    run = Run(method, cfg, [count, channels, size], device, parts, console)
+    done = run.start()
+
+    console.print(
+        f"{method} on {cfg.data}: {count} images of {channels}x{size}x{size}, {cfg.epochs} epochs of {steps} "
+        f"steps of {batch_size * cfg.accumulate}, {cfg.backbone} on {device}"
+    )
+    began, images = time.perf_counter(), dataset.train.to(device)
+    with log, Interruption(f"sslfast train {method} --out {cfg.out} --resume") as interruption:
+        for epoch in range(done // steps, cfg.epochs):
+            model.train()
+            rows = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
+            rows = rows[(done - epoch * steps) * cfg.accumulate :]
+            batches = log.waiting(images.batches(rows, device, cfg.workers))
+            for step in range(done, (epoch + 1) * steps):
+                rate = peak * optim.warmup_cosine(step, cfg.warmup_epochs * steps, total)
+                optim.set_rate(update.optimizer, rate)
+                model.schedule(Now(step, total, steps))
+                for _ in range(cfg.accumulate):
+                    loss, metrics = update.backward(views(next(batches).float().div_(255)))
+                    monitor.update(metrics.pop("embeddings"))
+                    log.add({"loss": loss, **metrics}, batch_size)
+                log.add(update.step())
+                log.live(done := step + 1, rate)
+                if done % steps and (interruption.requested or run.due()):
+                    run.save(done)
+                    interruption.stop_here()
+            measured = monitor.read()
+            if cfg.knn_every and (epoch + 1) % cfg.knn_every == 0:
+                measured["knn"] = evaluate.online_knn(model.encoder, dataset, device, cfg.workers)
+            log.end_epoch(rate, measured, monitor.warning())
+            monitor.reset()
+            run.save(done)
+            interruption.stop_here()
+    console.print(f"trained for {time.perf_counter() - began:.0f} s")
+    weights = {name: checkpoint.on_cpu(tensor) for name, tensor in model.state_dict().items()}
+    checkpoint.write(cfg.out / WEIGHTS, weights)
+    report.loss_curve(cfg.out / "metrics.csv", cfg.out / "loss.png")
+    evaluate.run(method, cfg, dataset, console)
+    return cfg.out
 
 
-def build(method: str, cfg: TrainConfig, channels: int) -> Method:
-    """The method's module with the weights of its seed, before any training."""
+def build(method: str, cfg: TrainConfig, channels: int, size: int) -> Method:
+    """The method's module for images [channels, size, size], with the weights of its seed."""
     torch.manual_seed(cfg.seed)
-    encoder = models.backbone(cfg.backbone, channels)
+    encoder: Any = models.backbone(
+        cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions
+    )
     assert method == "simclr" and isinstance(cfg, SimCLRConfig), method
     return SimCLR(encoder, encoder.dim, cfg.projection_dim, cfg.temperature)
 
 
-def train(method: str, cfg: TrainConfig) -> Path:
-    """Trains, evaluates, and leaves the run in `cfg.out`."""
-    console = Console()
-    device = cfg.resolve_device()
-    dataset = data.load(cfg.data, cfg.image_size)
-    batch_size = min(cfg.batch_size, len(dataset.train))
-    _start_run(method, cfg)
-
-    images = dataset.train.images.to(device)
-    channels, size = images.shape[1], images.shape[2]
-    model = build(method, cfg, channels).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    views = augment.two_views(cfg.resolve_augment(), size, channels).to(device)
-    optimizer = optim.build(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay)
-    steps = (
-        len(images) // batch_size
-    )  # the last, smaller batch is left out: fewer negatives, another loss scale
-    warmup, total = cfg.warmup_epochs * steps, cfg.epochs * steps
-    order = torch.Generator().manual_seed(cfg.seed)
-
-    console.print(
-        f"{method} on {cfg.data}: {len(images)} images of {channels}x{size}x{size}, {cfg.epochs} epochs of "
-        f"{steps} steps of {batch_size}, {cfg.backbone} on {device}"
-    )
-    started = time.perf_counter()
-    with _Log(console, cfg.out / "metrics.csv", total) as log:
-        for epoch in range(cfg.epochs):
-            model.train()
-            log.begin_epoch(epoch)
-            for step, rows in enumerate(
-                torch.randperm(len(images), generator=order).split(batch_size)[:steps]
-            ):
-                rate = cfg.learning_rate * optim.warmup_cosine(epoch * steps + step, warmup, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                with log.waiting():
-                    batch = images[rows.to(device)].float().div_(255)
-                    pair = views(batch).contiguous(memory_format=torch.channels_last)
-                with autocast(device):
-                    loss, metrics = model.training_step(pair)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                log.step(loss, metrics, rate, len(rows))
-            log.end_epoch()
-            save_weights(model, cfg.out / "weights.safetensors")
-    console.print(f"trained {cfg.epochs} epochs in {time.perf_counter() - started:.0f} s")
-    evaluate.run(method, cfg, dataset, console)
-    report.loss_curve(cfg.out / "metrics.csv", cfg.out / "loss.png")
-    return cfg.out
+def order(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """The rows of each batch of an epoch: a random order that depends on seed and epoch alone."""
+    permutation = np.random.default_rng((seed, epoch)).permutation(count)
+    return torch.from_numpy(permutation).split(batch_size)
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bfloat16 on a GPU and on a CPU with AMX, where it is faster; otherwise float32."""
-    if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+class Update:
+    """One update of a method's weights: `backward` for each of the accumulated batches, then `step`.
 
+    The gradient is the mean over the batches. Each batch is a loss of its own: its negatives are its own
+    images. Neither function reads from the device, so that both can be captured in one CUDA graph; with
+    float16 and LARS, torch's GradScaler reads whether gradients overflowed.
+    """
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the state as safetensors, whole or not at all."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary)
-    os.replace(temporary, path)
+    def __init__(self, model: Method, cfg: TrainConfig, device: torch.device) -> None:
+        self.model, self.accumulate, self.clip_norm = model, cfg.accumulate, cfg.clip_norm
+        self.optimizer = optim.build(cfg.optimizer, model.parameter_groups(cfg.weight_decay), device)
+        dtype = cfg.resolve_precision(device)
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.training_step = torch.compile(model.training_step) if cfg.compile else model.training_step
 
+    def backward(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.autocast():
+            loss, metrics = self.training_step(views)
+        self.scaler.scale(loss / self.accumulate).backward()
+        return loss.detach(), metrics
 
-def _start_run(method: str, cfg: TrainConfig) -> None:
-    if (cfg.out / "config.json").exists():
-        if not cfg.overwrite:
-            raise ValueError(f"out: {cfg.out} already holds a run; expected a new folder or --overwrite")
-        shutil.rmtree(cfg.out)
-    elif cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
-        raise ValueError(f"out: expected a new or empty folder, got {cfg.out}")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    config.save(method, cfg, cfg.out / "config.json")
+    def step(self) -> dict[str, Tensor]:
+        """Clips (all parameters as one vector), updates, and returns metrics."""
+        metrics = {}
+        if self.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.after_step()
+        return metrics
 
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-class _Log:
-    """metrics.csv, one row an epoch, and live progress: a bar in a terminal, otherwise a line an epoch."""
-
-    def __init__(self, console: Console, path: Path, total: int) -> None:
-        self._console, self._path = console, path
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=total, epoch=0, text="")
-
-    def __enter__(self) -> "_Log":
-        self._file = self._path.open("w", newline="")
-        self._rows = csv.DictWriter(self._file, METRICS)
-        self._rows.writeheader()
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-        self._file.close()
-
-    def begin_epoch(self, epoch: int) -> None:
-        self._epoch, self._images, self._waited, self._steps = epoch, 0, 0.0, 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._began = time.perf_counter()
-
-    def waiting(self) -> AbstractContextManager:
-        """Time spent in this context counts as waiting for data."""
-        return _Stopwatch(self)
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def step(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor], rate: float, images: int) -> None:
-        for name, value in {"loss": loss.detach(), **metrics}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._rate, self._images, self._steps = rate, self._images + images, self._steps + 1
-        self._bar.update(self._task, advance=1, epoch=self._epoch + 1)
-
-    def end_epoch(self) -> None:
-        means = {name: float(total) / self._steps for name, total in self._sums.items()}
-        if not means["loss"] < float("inf"):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} in epoch {self._epoch + 1}; try a lower --learning-rate"
-            )
-        seconds = time.perf_counter() - self._began
-        row = {
-            "epoch": self._epoch + 1,
-            **means,
-            "learning_rate": self._rate,
-            "images_per_second": self._images / seconds,
-            "data_wait": self._waited / seconds,
-            "seconds": seconds,
-        }
-        self._rows.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self._file.flush()
-        text = (
-            f"loss {means['loss']:.3f}  lr {self._rate:.2g}  {row['images_per_second']:.0f} images/s  "
-            f"data {row['data_wait']:.0%}"
-        )
-        self._bar.update(self._task, text=text)
-        if not self._console.is_terminal:
-            print(f"epoch {self._epoch + 1}: {text}", flush=True)
-
-
-class _Stopwatch:
-    def __init__(self, log: _Log) -> None:
-        self._log = log
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self._log.waited(time.perf_counter() - self._began)
+    def load_state_dict(self, state: dict) -> None:
+        optim.load_state(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

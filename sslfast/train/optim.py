@@ -6,42 +6,56 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+NAMES = ("adamw", "sgd", "lars")
+
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Weights with decay; biases and normalisation weights (1-d) without, and without LARS's trust ratio."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, "trust": True},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "trust": False},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017) as SimCLR's official code has it.
+    """Layer-wise adaptive rate scaling (You et al. 2017) in both published forms.
 
-    The learning rate is inside the momentum buffer: v = momentum v + lr trust (g + weight_decay p), p -= v,
-    with trust = eta |p| / |g + weight_decay p|, 1 where either norm is 0 or the group says trust=False.
+        u = g + weight_decay p,  trust = eta |p| / |u|, 1 where either norm is 0 or the group says trust=False
+        lr_in_momentum=True  (SimCLR):         v = momentum v + lr trust u,  p -= v
+        lr_in_momentum=False (MoCo v3, BYOL):  v = momentum v + trust u,     p -= lr v
+
+    The two differ as soon as lr changes. Parameters of a group are updated together by torch's foreach
+    kernels (but for the product with each parameter's trust ratio), and nothing is read by the host.
 
     Args:
-        params: parameters or groups, which may set `weight_decay` and `trust`.
-        lr: learning rate, commonly 0.3 * batch size / 256.
+        params: parameters or groups; a group may set every option below.
+        lr: learning rate, a float or 0-d tensor; commonly 0.3 * batch size / 256.
         eta: trust coefficient.
+        trust: whether to scale by the trust ratio; biases and normalisation weights go without.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         eta: float = 1e-3,
+        trust: bool = True,
+        lr_in_momentum: bool = True,
     ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("eta", eta)):
+            if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number that is not negative, got {value}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "eta": eta,
-            "trust": True,
+            "trust": trust,
+            "lr_in_momentum": lr_in_momentum,
         }
         super().__init__(params, defaults)
 
@@ -52,27 +66,64 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad.add(p, alpha=group["weight_decay"])
-                if group["trust"]:
-                    ratio = group["eta"] * p.norm() / update.norm()
-                    update *= torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                v = state["momentum_buffer"]
-                v.mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                p.sub_(v)
+            pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            if pairs:
+                params, grads = zip(*pairs, strict=True)
+                self._update(group, params, grads)
         return loss
 
+    def _update(self, group: dict, params: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        if group["trust"]:
+            lengths = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
+            ratios = group["eta"] * lengths[0] / lengths[1]
+            ratios = torch.where((lengths[0] > 0) & (lengths[1] > 0), ratios, 1.0)
+            torch._foreach_mul_(updates, ratios.unbind())
+        lr = group["lr"]
+        torch._foreach_mul_(momenta, group["momentum"])
+        if group["lr_in_momentum"]:
+            torch._foreach_mul_(updates, lr)
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_sub_(params, momenta)
+        else:
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_sub_(params, torch._foreach_mul(momenta, lr))
 
-def build(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    groups = parameter_groups(module, weight_decay)
+
+def build(name: str, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer called `name`; its rate is a 0-d tensor on the device, to be set by set_rate."""
+    dtype = torch.float32 if device.type == "cuda" else torch.float64  # fused kernels on a GPU take float32
+    for group in groups:
+        group["lr"] = torch.zeros((), device=device, dtype=dtype)
     if name == "lars":
-        return LARS(groups, lr=learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate)
+        return LARS(groups, lr=0.0)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True, capturable=device.type == "cuda")
+    raise ValueError(f"optimizer: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Loads a state_dict, with each tensor laid out like its parameter, as fused kernels expect it."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # set before every step
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Fills each group's 0-d tensor, which a captured step reads; a group may set `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate * group.get("lr_scale", 1.0))
 
 
 def warmup_cosine(step: int, warmup: float, total: int) -> float:

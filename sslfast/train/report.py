@@ -38,28 +38,38 @@ def neighbours(
 ) -> None:
     """Test images and their nearest training images by cosine; images of another class have a red frame."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     train, test = (F.normalize(f, dim=1) for f in features)
     queries = torch.linspace(0, len(test) - 1, min(rows, len(test))).long()
     nearest = (test[queries] @ train.T).topk(min(columns, len(train)), dim=1).indices
-    figure = Figure(figsize=(0.8 * (columns + 1.4), 0.8 * len(queries) + 0.4), layout="constrained")
-    grid = figure.subplots(len(queries), 1 + nearest.shape[1], squeeze=False)
-    for query, found, axes in zip(queries.tolist(), nearest.tolist(), grid, strict=True):
-        _picture(axes[0], dataset.test.images[query])
-        for axis, row in zip(axes[1:], found, strict=True):
-            _picture(axis, dataset.train.images[row])
-            if dataset.train.labels is None or dataset.test.labels is None:
-                continue
-            if dataset.train.labels[row] != dataset.test.labels[query]:
-                for spine in axis.spines.values():
-                    spine.set(visible=True, color="tab:red", linewidth=2)
-    grid[0][0].set_title("test", fontsize=8)
-    grid[0][1].set_title("nearest training images", fontsize=8, loc="left")
+    channels, height, width = dataset.train.shape
+    gap = 1 + width // 16
+    cell = width + gap  # a row is its query, an empty half cell, and the neighbours
+    canvas = torch.full(
+        (len(queries) * (height + gap), nearest.shape[1] * cell + cell + cell // 2, 3), 255
+    ).byte()
+    figure = Figure(
+        figsize=(0.7 * canvas.shape[1] / cell, 0.7 * canvas.shape[0] / cell + 0.4), layout="constrained"
+    )
+    axes = figure.subplots()
+    for i, (query, found) in enumerate(zip(queries.tolist(), nearest.tolist(), strict=True)):
+        for j, picture in enumerate([dataset.test.image(query), *map(dataset.train.image, found)]):
+            top, left = i * (height + gap), j * cell + (cell // 2 if j else 0)
+            pixels = picture.expand(3, -1, -1) if channels == 1 else picture[:3]
+            canvas[top : top + height, left : left + width] = pixels.permute(1, 2, 0)
+            if j and _differ(dataset, query, found[j - 1]):
+                corner = (left - 0.5 - gap / 4, top - 0.5 - gap / 4)
+                axes.add_patch(
+                    Rectangle(corner, width + gap / 2, height + gap / 2, fill=False, color="tab:red", lw=2)
+                )
+    axes.imshow(canvas.numpy())
+    axes.set_title("test image, then its nearest training images", fontsize=8, loc="left")
+    axes.set_axis_off()
     figure.savefig(path, dpi=120)
 
 
-def _picture(axis, image: Tensor) -> None:
-    pixels = image.permute(1, 2, 0).numpy()
-    axis.imshow(pixels.squeeze(), cmap="gray" if image.shape[0] == 1 else None)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+def _differ(dataset: Dataset, test: int, train: int) -> bool:
+    if dataset.train.labels is None or dataset.test.labels is None:
+        return False
+    return bool(dataset.train.labels[train] != dataset.test.labels[test])

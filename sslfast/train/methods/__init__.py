@@ -1,14 +1,57 @@
 """One file per method: what it trains, and its loss on the views of a batch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from torch import Tensor, nn
+
+from sslfast.train import optim
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where a run stands."""
+
+    step: int
+    """updates made so far"""
+    total: int
+    """updates of the whole run"""
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
 
 
 class Method(nn.Module):
-    """What the loop needs of a method."""
+    """What the loop needs of a method. For each update it calls, in this order,
+
+    1. `schedule(now)`;
+    2. `training_step(views)` and backward, once for each of the batches that are accumulated;
+    3. the optimizer's step over `parameter_groups`, then `after_step()`.
+
+    What belongs to a batch (a queue, a centre) changes in `training_step`, what follows the weights (a
+    teacher) in `after_step`. All state is in parameters and buffers, so that checkpoints have it; numbers
+    that a schedule sets are 0-d buffers that `schedule` fills, so that a captured step sees them. Nothing
+    here reads from the device.
+    """
 
     encoder: nn.Module
     """The network that is evaluated: images [B, C, H, W] -> features [B, dim]."""
 
-    def training_step(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """views [2B, C, H, W], the first views of all images first -> (loss, metrics to log)."""
+    def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Views [B, C, H, W] of the same images -> (loss, metrics).
+
+        Metrics are 0-d tensors to log, and "embeddings" [B, D], which the collapse monitor watches.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a training_step")
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Groups for the optimizer; may set its options and `lr_scale`, a factor of the learning rate."""
+        return optim.parameter_groups(self, weight_decay)
+
+    def schedule(self, now: Now) -> None:
+        """Sets what changes over a run, other than the learning rate."""
+
+    def after_step(self) -> None:
+        """Follows each update of the weights."""

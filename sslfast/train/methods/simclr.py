@@ -1,5 +1,8 @@
 """SimCLR (Chen et al. 2020): two views of each image attract, all other views in the batch repel."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from sslfast.losses import NTXentLoss
@@ -27,9 +30,7 @@ class SimCLR(Method):
         )  # fmt: skip
         self.loss = NTXentLoss(temperature)
 
-    def training_step(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """views [2B, C, H, W], first views of all images first -> (loss, metrics)."""
-        z1, z2 = self.projector(self.encoder(views)).chunk(2)
-        return self.loss(z1, z2), {
-            "feature_std": nn.functional.normalize(z1.detach().float(), dim=1).std(0).mean()
-        }
+    def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two views of a batch; BatchNorm sees both at once."""
+        z1, z2 = self.projector(self.encoder(torch.cat(tuple(views)))).chunk(2)
+        return self.loss(z1, z2), {"embeddings": z1.detach()}

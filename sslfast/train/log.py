@@ -1,0 +1,180 @@
+"""What a run tells while it trains: live progress, metrics.csv and TensorBoard."""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+T = TypeVar("T")
+LIVE = 0.5
+"""Seconds between two readings of the loss, each of which waits for the device."""
+
+
+class Log:
+    """One row of metrics per epoch, and a bar in a terminal, otherwise a line per epoch.
+
+    Rows are kept, and metrics.csv is written anew and atomically, so that a resumed run's file has no row
+    twice.
+    """
+
+    def __init__(self, out: Path, console: Console, total: int) -> None:
+        self.out, self.console = out, console
+        self.rows: list[dict[str, float]] = []
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._warned = False  # in the epoch before: a warning that stays is said once
+        self._task = self._bar.add_task("train", total=total, epoch=1, text="")
+        self.begin_epoch()
+
+    def __enter__(self) -> "Log":
+        self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        if self._board:
+            self._board.close()
+
+    def begin_epoch(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._images, self._waited, self._elapsed = 0, 0.0, 0.0
+        self._began = self._shown = time.perf_counter()
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; the time they take to come counts as waiting for data."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - began
+            yield batch
+
+    def add(self, metrics: dict[str, Tensor], images: int = 0) -> None:
+        """Values to average over the epoch, and how many images they came from."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().double()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._images += images
+
+    def means(self) -> dict[str, float]:
+        """Means of the epoch so far.
+
+        Raises:
+            FloatingPointError: the mean loss is not finite.
+        """
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        if not abs(means["loss"]) < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} in epoch {len(self.rows) + 1}; try a lower --learning-rate, or "
+                f"--precision float32"
+            )
+        return means
+
+    def check(self) -> None:
+        """Raises FloatingPointError as `means` does."""
+        if self._sums:
+            self.means()
+
+    def live(self, step: int, rate: float) -> None:
+        now = time.perf_counter()
+        if now - self._shown >= LIVE and self.console.is_terminal:
+            self._shown = now
+            text = self._text({**self.means(), "learning_rate": rate, **self._speed()})
+            self._bar.update(self._task, completed=step, epoch=len(self.rows) + 1, text=text)
+
+    def end_epoch(self, rate: float, measured: dict[str, float], warning: str | None = None) -> None:
+        row = {
+            "epoch": len(self.rows) + 1,
+            **self.means(),
+            **measured,
+            "learning_rate": rate,
+            **self._speed(),
+        }
+        self.rows.append(row)
+        try:
+            self._write(row)
+        except OSError as error:  # a full disk stops no run; the next epoch writes all rows again
+            self.console.print(f"[bold red]warning:[/] could not write metrics: {error}", highlight=False)
+        if not self.console.is_terminal:
+            print(f"epoch {row['epoch']}: {self._text(row)}", flush=True)
+        if warning and not self._warned:
+            self.console.print(f"[bold red]warning:[/] {warning}", highlight=False)
+        self._warned = bool(warning)
+        self.begin_epoch()
+
+    def _write(self, row: dict[str, float]) -> None:
+        write_csv(self.rows, self.out / "metrics.csv")
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, row["epoch"])
+            self._board.flush()
+
+    def _speed(self) -> dict[str, float]:
+        seconds = self._elapsed + time.perf_counter() - self._began
+        return {
+            "images_per_second": self._images / seconds,
+            "data_wait": self._waited / seconds,
+            "seconds": seconds,
+        }
+
+    @staticmethod
+    def _text(row: dict[str, float]) -> str:
+        knn = f"kNN {row['knn']:.3f}  " if "knn" in row else ""
+        return (
+            f"loss {row['loss']:.3f}  {knn}lr {row['learning_rate']:.2g}  "
+            f"{row['images_per_second']:.0f} images/s  waiting for data {row['data_wait']:.0%}"
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            "rows": self.rows,
+            "sums": self._sums,
+            "counts": self._counts,
+            "images": self._images,
+            "waited": self._waited,
+            "elapsed": self._elapsed + time.perf_counter() - self._began,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
+        self._images, self._waited, self._elapsed = state["images"], state["waited"], state["elapsed"]
+
+
+def write_csv(rows: list[dict[str, float]], path: Path) -> None:
+    """One line per row under the names of all; a value that a row lacks is left blank."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text.getvalue())
+    os.replace(temporary, path)
+
+
+def _tensorboard(out: Path, purge_step: int):
+    """A writer where TensorBoard is installed. Steps from purge_step on are dropped."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)

@@ -1,0 +1,74 @@
+"""Collapse, in numbers and in words: are the embeddings of different images still different?"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class CollapseMonitor:
+    """Second moments of the L2-normalised embeddings of an epoch, kept on the device; only `read` waits for
+    it.
+
+    feature_std: standard deviation over images, mean over dimensions: 1/sqrt(D) when directions are spread
+    evenly, 0
+        when all images have one embedding (Chen & He 2021).
+    effective_rank: exp of the entropy of the normalised singular values of the embeddings [N, D] (Roy &
+    Vetterli 2007;
+        RankMe, Garrido et al. 2023): from 1 (one direction) to min(N, D).
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.count = 0
+        self.total: Tensor | None = None  # sum z [D]
+        self.gram: Tensor | None = None  # sum z z^T [D, D]
+
+    @torch.no_grad()
+    def update(self, embeddings: Tensor) -> None:
+        """embeddings [B, D]"""
+        z = F.normalize(embeddings.detach().double(), dim=1)
+        total, gram = z.sum(0), z.T @ z
+        self.total = total if self.total is None else total.add_(self.total.to(z.device))
+        self.gram = gram if self.gram is None else gram.add_(self.gram.to(z.device))
+        self.count += len(z)
+
+    def read(self) -> dict[str, float]:
+        """{} before the first update."""
+        if self.total is None or self.gram is None:
+            return {}
+        mean, gram = self.total.cpu() / self.count, self.gram.cpu() / self.count
+        if not gram.isfinite().all():
+            return {"feature_std": float("nan"), "effective_rank": float("nan")}
+        std = (gram.diagonal() - mean.square()).clamp(min=0).sqrt().mean()
+        singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+        p = singular / singular.sum().clamp(min=1e-300)
+        entropy = -torch.special.xlogy(p, p).sum()
+        return {"feature_std": std.item(), "effective_rank": entropy.exp().item()}
+
+    def warning(self) -> str | None:
+        """What is wrong, in words; None when nothing is."""
+        measured = self.read()
+        if not measured:
+            return None
+        dim = len(self.gram)  # type: ignore[arg-type]  # there when there is something to read
+        std, rank = measured["feature_std"], measured["effective_rank"]
+        if std < 0.1 / dim**0.5:
+            return (
+                f"the embeddings have collapsed: all images get nearly the same one (standard deviation "
+                f"{std:.2g}, {dim**-0.5:.2g} is healthy). Try a lower learning rate or a longer warm-up"
+            )
+        most = min(dim, self.count)
+        if rank < min(0.05 * most, 0.5 * dim):
+            return (
+                f"the embeddings use few dimensions: effective rank {rank:.1f} of {most}. Try stronger "
+                f"augmentation, another temperature or a lower learning rate"
+            )
+        return None
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "total": self.total, "gram": self.gram}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count, self.total, self.gram = state["count"], state["total"], state["gram"]

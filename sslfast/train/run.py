@@ -1,0 +1,145 @@
+"""The folder of a run: starting, saving, going on where it was stopped."""
+
+import shutil
+import signal
+import threading
+import time
+
+import torch
+from rich.console import Console
+
+from sslfast.train import checkpoint, config
+from sslfast.train.config import TrainConfig
+
+CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
+FILES = (CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json", "loss.png", "neighbours.png", "config.json")
+
+
+class Run:
+    """`cfg.out` with its config, and checkpoints of everything in `parts`.
+
+    Args:
+        images: number, channels and side of the training images; a run goes on with the same only.
+        parts: objects with state_dict and load_state_dict, by name.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        cfg: TrainConfig,
+        images: list[int],
+        device: torch.device,
+        parts: dict,
+        console: Console,
+    ) -> None:
+        self.method, self.cfg, self.device, self.parts, self.console = method, cfg, device, parts, console
+        self.identity = {**config.identity(method, cfg), "images": images}
+        self.path = cfg.out / CHECKPOINT
+        self._saved_at = time.monotonic()
+
+    def start(self) -> int:
+        """Begins a new run, or goes on with one; returns how many updates were made.
+
+        Raises:
+            ValueError: the folder holds something else, or the checkpoint is not one of this run.
+        """
+        out, cfg = self.cfg.out, self.cfg
+        held = (out / "config.json").exists()
+        if held and cfg.resume and self.path.exists():
+            return self._restore()
+        if held and not (cfg.overwrite or cfg.resume):
+            raise ValueError(
+                f"out: {out} already holds a run; expected a new folder, --resume or --overwrite"
+            )
+        if held:
+            self._clear()
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"out: expected a new or empty folder, got {out}")
+        if cfg.resume:
+            self.console.print(f"no checkpoint in {out} yet: starting from the beginning")
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(self.method, cfg, out / "config.json")
+        return 0
+
+    def _clear(self) -> None:
+        """Removes the files of an earlier run and nothing else; the config, which shows what it was, last."""
+        out = self.cfg.out
+        config.load(out)  # raises for another program's config.json
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is older than checkpoint_minutes."""
+        return time.monotonic() - self._saved_at >= 60 * self.cfg.checkpoint_minutes
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint after `done` updates; where that fails, the last one stays and training goes
+        on.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the last good state stays.
+        """
+        self.parts["log"].check()
+        state = {
+            "identity": self.identity,
+            "done": done,
+            "threads": torch.get_num_threads(),
+            "random": checkpoint.random_state(self.device),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        try:
+            checkpoint.save(self.path, state)
+        except OSError as error:
+            self.console.print(
+                f"[bold red]warning:[/] {error}; the checkpoint before it stays", highlight=False
+            )
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> int:
+        state = checkpoint.load(self.path)
+        theirs = state["identity"]
+        for name in sorted({*theirs, *self.identity}):
+            if theirs.get(name) != self.identity.get(name):
+                raise ValueError(
+                    f"resume: the run in {self.cfg.out} has {name} = {theirs.get(name)!r}, "
+                    f"got {self.identity.get(name)!r}"
+                )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        checkpoint.set_random_state(state["random"], self.device)
+        if state["threads"] != torch.get_num_threads():
+            self.console.print(
+                f"the run had {state['threads']} threads and now has {torch.get_num_threads()}: "
+                f"it will not end with bitwise the same weights"
+            )
+        self.console.print(f"going on after update {state['done']}")
+        return state["done"]
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM are a request that the loop sees between updates; a second interrupts at once."""
+
+    def __init__(self, command: str) -> None:
+        self.requested, self._command = False, command
+
+    def __enter__(self) -> "Interruption":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def stop_here(self) -> None:
+        """Raises KeyboardInterrupt, with how to go on, where it was requested."""
+        if self.requested:
+            raise KeyboardInterrupt(f"stopped and saved; to go on: {self._command}")

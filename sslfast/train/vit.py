@@ -1,0 +1,170 @@
+"""Vision transformer (Dosovitskiy et al. 2021) with a class token, for any image size."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIZES: dict[str, dict[str, int]] = {
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, dim / heads]
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.scaled_dot_product_attention(*self._split(x)).transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """softmax(q k / sqrt(dim / heads)): [B, heads, L, L]."""
+        q, k, _ = self._split(x)
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a shortcut.
+
+    drop_path: probability that a sample skips a branch in training; the others are scaled by 1 / (1 -
+    drop_path).
+    """
+
+    def __init__(self, dim: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.drop_path = drop_path
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._drop(self.attention(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """[B, C, H, W] -> class token after the last LayerNorm [B, dim].
+
+    Args:
+        channels, image_size: of the training images; at other sizes the positions are interpolated.
+        patch_size: side in pixels; divides the sides of every image.
+        dim, depth, heads: see SIZES.
+        positions: "learned", or "fixed": sine and cosine of the two coordinates.
+        drop_path: of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: a patch that does not divide the image, or unknown positions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        positions: str = "learned",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if positions not in ("learned", "fixed"):
+            raise ValueError(f"positions: expected learned or fixed, got {positions!r}")
+        self.dim, self.patch_size = dim, patch_size
+        self.grid = self._grid(image_size, image_size)
+        self.patch_embed = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        table = torch.zeros(1, math.prod(self.grid), dim)  # [1, L, dim]
+        class_position = torch.zeros(1, 1, dim)
+        if positions == "learned":
+            self.positions = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+            self.class_position = nn.Parameter(nn.init.trunc_normal_(class_position, std=0.02))
+        else:
+            self.register_buffer("positions", sine_cosine_positions(dim, self.grid)[None])
+            self.register_buffer("class_position", class_position)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, drop_path * i / max(1, depth - 1)) for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x)[:, 0]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """All tokens after the last LayerNorm, the class token first: [B, 1 + L, dim]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def last_attention(self, x: Tensor) -> Tensor:
+        """Attention weights of the last block, queries in rows: [B, heads, 1 + L, 1 + L]."""
+        x = self.embed(x)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        assert isinstance(last, Block)
+        return last.attention.weights(last.norm1(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patches with positions behind the class token: [B, 1 + L, dim]."""
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)
+        patches = patches + self._positions_for(self._grid(*x.shape[-2:]))
+        class_token = (self.class_token + self.class_position).expand(len(x), -1, -1)
+        return torch.cat([class_token.to(patches.dtype), patches], dim=1)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"patch_size: expected a divisor of {height} and {width}, got {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def _positions_for(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.positions
+        table = self.positions.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2)
+
+
+def sine_cosine_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed positions as MAE and MoCo v3 have them: [H * W, dim].
+
+    The first half of the channels is for the column, the second for the row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (dim / 4)).
+
+    Raises:
+        ValueError: dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"dim: expected a multiple of 4 for fixed positions, got {dim}")
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
+    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [coordinate.flatten()[:, None] * frequency for coordinate in (column, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
