@@ -14,6 +14,7 @@ _ONCE = (
     "`with sslfast.use_backend('reference'):`"
 )
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_VALUES = (bool, str, tuple, type(None))
 _LIBRARY = torch.library.Library("sslfast", "DEF")
 
 
@@ -34,22 +35,18 @@ def define(
     op = getattr(torch.ops.sslfast, name).default
 
     def call(*args):
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or not all(map(_is_plain, args))
-        ):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return op(*args)
+        for x in args:  # a tensor that is no more than its numbers: no subclass, no lazy negation or zero
+            kind = type(x)
+            if kind in _PLAIN:
+                if x.is_neg() or x._is_zerotensor():
+                    return op(*args)
+            elif kind not in _VALUES and isinstance(x, torch.Tensor):
+                return op(*args)
         return implementation(*args)
 
     return call
-
-
-def _is_plain(x) -> bool:
-    """Not a tensor, or one that holds its numbers as they are: no subclass, no lazy negation or zero."""
-    if not isinstance(x, torch.Tensor):
-        return True
-    return type(x) in _PLAIN and not x.is_neg() and not x._is_zerotensor()
 
 
 def once_differentiable(backward: Callable) -> Callable:
