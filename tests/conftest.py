@@ -1,4 +1,5 @@
 import os
+import signal
 import site
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,3 +60,31 @@ def class_folder(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     return tmp_path / "images"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """48 noise images without labels, of which 39 are for training."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 12, 12), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    return f"npz:{tmp_path / 'images.npz'}"
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(after, number): that signal arrives within the update after `after` updates."""
+
+    from sslfast.train import loop
+
+    def arrange(after: int, number: int = signal.SIGINT) -> None:
+        step, seen = loop.Update.step, []
+
+        def counted(self):
+            seen.append(None)
+            if len(seen) == after:
+                os.kill(os.getpid(), number)
+            return step(self)
+
+        monkeypatch.setattr(loop.Update, "step", counted)
+
+    return arrange

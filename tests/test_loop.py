@@ -1,10 +1,8 @@
-"""The loop: what it asks of a method, resuming, interruptions, precisions, and no reads from the device."""
+"""The loop: what it asks of a method, precisions, no reads from the device, what it tells."""
 
 import io
-import math
-import os
 import re
-import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,23 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sslfast.cli import main
-from sslfast.train import checkpoint, data, loop, optim
+from sslfast.train import checkpoint, loop, optim
 from sslfast.train import log as log_module
 from sslfast.train.config import SimCLRConfig
 from sslfast.train.methods import Method, Now
 from sslfast.train.methods.simclr import SimCLR
-from sslfast.train.run import Interruption
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def images(tmp_path):
-    """48 noise images without labels, of which 39 are for training."""
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 12, 12), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=pixels)
-    return f"npz:{tmp_path / 'images.npz'}"
 
 
 def config(out, images, **changes) -> SimCLRConfig:
@@ -53,232 +41,6 @@ def assert_same_weights(one, other) -> None:
 def timeless(cfg) -> list[str]:
     """metrics.csv without its last three columns, which are times."""
     return [line.rsplit(",", 3)[0] for line in (cfg.out / "metrics.csv").read_text().splitlines()]
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """interrupt(after, number): that signal arrives within the update after `after` updates."""
-
-    def arrange(after: int, number: int = signal.SIGINT) -> None:
-        step, seen = loop.Update.step, []
-
-        def counted(self):
-            seen.append(None)
-            if len(seen) == after:
-                os.kill(os.getpid(), number)
-            return step(self)
-
-        monkeypatch.setattr(loop.Update, "step", counted)
-
-    return arrange
-
-
-# Resuming.
-
-
-@pytest.mark.parametrize(
-    "after, changes",
-    [
-        (3, {}),
-        (4, {}),  # at the end of an epoch
-        (7, {"optimizer": "sgd", "clip_norm": 1.0}),
-        (1, {"optimizer": "lars", "accumulate": 2}),  # 2 updates an epoch
-        (3, {"precision": "float16"}),  # with the state of the scaler
-        (5, {"precision": "bfloat16", "backbone": "vit_tiny", "patch_size": 4}),
-    ],
-    ids=["adamw", "epoch-end", "sgd", "lars-accumulate", "float16", "bfloat16-vit"],
-)
-def test_an_interrupted_run_goes_on_to_bitwise_the_same_weights(
-    after, changes, images, tmp_path, monkeypatch, interrupt, capsys
-):
-    monkeypatch.setitem(loop.models.SIZES, "vit_tiny", {"dim": 12, "depth": 1, "heads": 2})
-    whole = config(tmp_path / "whole", images, **changes)
-    loop.train("simclr", whole)
-    cut = config(tmp_path / "cut", images, **changes)
-    with monkeypatch.context() as context:
-        context.setattr(loop.Update, "step", loop.Update.step)
-        interrupt(after)
-        with pytest.raises(
-            KeyboardInterrupt, match=f"to go on: sslfast train simclr --out {cut.out} --resume"
-        ):
-            loop.train("simclr", cut)
-        context.undo()
-    monkeypatch.undo()
-    monkeypatch.setitem(loop.models.SIZES, "vit_tiny", {"dim": 12, "depth": 1, "heads": 2})
-    assert not (cut.out / "weights.safetensors").exists()
-    torch.manual_seed(99)  # the generators of another process
-    np.random.seed(99)
-    loop.train("simclr", config(tmp_path / "cut", images, **changes, resume=True))
-    assert f"going on after update {after}" in capsys.readouterr().out
-    assert_same_weights(weights(whole), weights(cut))
-    assert timeless(whole) == timeless(cut) and len(timeless(cut)) == 3
-
-
-def test_resuming_in_the_middle_of_an_epoch_of_decoded_images(class_folder, tmp_path, monkeypatch, interrupt):
-    monkeypatch.setattr(data, "MEMORY", 0)
-    runs = [config(tmp_path / name, f"folder:{class_folder}", image_size=16, workers=2) for name in "ab"]
-    loop.train("simclr", runs[0])
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train("simclr", runs[1])
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "MEMORY", 0)
-    loop.train("simclr", config(runs[1].out, f"folder:{class_folder}", image_size=16, workers=1, resume=True))
-    assert_same_weights(weights(runs[0]), weights(runs[1]))
-
-
-def test_resuming_a_finished_run_only_evaluates(images, tmp_path, capsys):
-    cfg = config(tmp_path / "run", images)
-    loop.train("simclr", cfg)
-    before = weights(cfg)
-    (cfg.out / "loss.png").unlink()
-    loop.train("simclr", config(cfg.out, images, resume=True))
-    assert "going on after update 8" in capsys.readouterr().out
-    assert_same_weights(before, weights(cfg))
-    assert (cfg.out / "loss.png").exists()
-
-
-def test_resuming_without_a_checkpoint_starts_from_the_beginning(images, tmp_path, capsys):
-    cfg = config(tmp_path / "run", images, epochs=1, resume=True)
-    loop.train("simclr", cfg)  # a job script may always say --resume
-    assert "no checkpoint" in capsys.readouterr().out
-    (cfg.out / "checkpoint.safetensors").unlink()
-    loop.train("simclr", cfg)
-    assert "no checkpoint" in capsys.readouterr().out and len(timeless(cfg)) == 2
-
-
-def test_other_options_or_data_are_refused_by_name(images, tmp_path):
-    cfg = config(tmp_path / "run", images, epochs=1)
-    loop.train("simclr", cfg)
-    for name, value in (
-        ("batch_size", 6),
-        ("seed", 1),
-        ("optimizer", "sgd"),
-        ("temperature", 0.3),
-        ("epochs", 3),
-    ):
-        with pytest.raises(ValueError, match=f"resume: the run in .* has {name} = .*, got {value!r}"):
-            loop.train("simclr", config(cfg.out, images, **{"epochs": 1, name: value}, resume=True))
-    np.savez(images.removeprefix("npz:"), images=np.zeros((40, 12, 12), np.uint8))
-    with pytest.raises(
-        ValueError, match=r"resume: the run in .* has images = \[39, 1, 12\], got \[32, 1, 12\]"
-    ):
-        loop.train("simclr", config(cfg.out, images, epochs=1, resume=True))
-
-
-def test_a_truncated_checkpoint_is_refused_by_name(images, tmp_path):
-    cfg = config(tmp_path / "run", images, epochs=1)
-    loop.train("simclr", cfg)
-    path = cfg.out / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="resume: .*checkpoint.safetensors is not a whole checkpoint"):
-        loop.train("simclr", config(cfg.out, images, epochs=1, resume=True))
-
-
-def test_another_number_of_threads_is_said(images, tmp_path, capsys, set_threads):
-    cfg = config(tmp_path / "run", images, epochs=1)
-    loop.train("simclr", cfg)
-    set_threads(torch.get_num_threads() + 1)
-    loop.train("simclr", config(cfg.out, images, epochs=1, resume=True))
-    assert "will not end with bitwise" in capsys.readouterr().out.replace("\n", " ")
-
-
-# Interruptions and failures.
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_says_how_to_go_on(number, images, tmp_path, interrupt, monkeypatch, capsys):
-    out = str(tmp_path / "run")
-    interrupt(3, number)
-    command = ["train", "simclr", "--data", images, "--out", out, "--epochs", "2", "--batch-size", "8"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--augment", "mnist"])
-    assert stopped.value.code == 130
-    said = capsys.readouterr().err
-    monkeypatch.undo()
-    main(re.search(r"to go on: sslfast (.*)", said)[1].split())
-    assert "going on after update 3" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["train", "simclr", "--out", out, "--resume", "--batch-size", "4"])
-    assert "has batch_size = 8, got 4" in capsys.readouterr().err
-
-
-def test_a_second_signal_interrupts_at_once_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGINT)
-    with Interruption("command") as interruption:
-        interruption.stop_here()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
-        with pytest.raises(KeyboardInterrupt, match="to go on: command"):
-            interruption.stop_here()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_checkpoints_within_an_epoch(images, tmp_path, monkeypatch):
-    saved, save = [], checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda path, state: saved.append(state["done"]) or save(path, state)
-    )
-    loop.train("simclr", config(tmp_path / "a", images))
-    assert saved == [4, 8]
-    saved.clear()
-    loop.train("simclr", config(tmp_path / "b", images, checkpoint_minutes=0))
-    assert saved == list(range(1, 9))
-
-
-def test_a_full_disk_stops_no_run_and_leaves_the_last_checkpoint(images, tmp_path, monkeypatch, capsys):
-    """Writing fails from the 3rd to the 7th update; in between, the state of the 2nd update is there."""
-    write, done = checkpoint.write, []
-
-    def failing(path, *rest):
-        done.append(None)
-        if 3 <= len(done) <= 7:
-            raise OSError(f"could not write {path}: No space left on device")
-        write(path, *rest)
-        if len(done) == 2:
-            done.append(checkpoint.load(path)["done"])
-            done.pop()
-
-    def full_for_metrics(rows, path):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write", failing)
-    monkeypatch.setattr(log_module, "write_csv", full_for_metrics)
-    cfg = config(tmp_path / "run", images, checkpoint_minutes=0)
-    with pytest.raises(FileNotFoundError):  # there are no metrics to draw
-        loop.train("simclr", cfg)
-    printed = capsys.readouterr().out.replace("\n", " ")
-    assert printed.count("No space left on device; the checkpoint before it stays") == 5
-    assert printed.count("could not write metrics") == 2
-    assert checkpoint.load(cfg.out / "checkpoint.safetensors")["done"] == 8
-    monkeypatch.undo()
-    whole = config(tmp_path / "whole", images)
-    loop.train("simclr", whole)
-    assert_same_weights(weights(whole), weights(cfg))
-
-
-@pytest.mark.parametrize("at", [1, 6])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
-    at, images, tmp_path, monkeypatch
-):
-    step, seen = SimCLR.training_step, []
-
-    def breaking(self, views):
-        seen.append(None)
-        loss, metrics = step(self, views)
-        return loss * (math.nan if len(seen) >= at else 1), metrics
-
-    monkeypatch.setattr(SimCLR, "training_step", breaking)
-    cfg = config(tmp_path / "run", images, checkpoint_minutes=0)
-    with pytest.raises(FloatingPointError, match=f"the loss is nan in epoch {1 + at // 5}"):
-        loop.train("simclr", cfg)
-    if at > 1:
-        state = checkpoint.load(cfg.out / "checkpoint.safetensors")
-        assert state["done"] == at - 1
-        assert all(value.isfinite().all() for value in state["model"].values())
 
 
 # What the loop asks of a method.
@@ -433,6 +195,16 @@ def test_an_update_can_be_captured_in_a_cuda_graph(optimizer, tmp_path):
         results.append(model.state_dict())
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_reads_on_one_screen():
+    folder = Path(loop.__file__).parent
+    lines = {
+        path: len(path.read_text().splitlines())
+        for path in [folder / "loop.py", *folder.glob("methods/*.py")]
+    }
+    assert lines.pop(folder / "loop.py") < 250
+    assert lines and max(lines.values()) < 120
 
 
 # Progress.
