@@ -16,7 +16,7 @@ def doctor() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. An error in what the user gave is one line on stderr and exit status 2."""
+    """Entry point. An error in what the user gave is said on stderr with the option's name: exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv == ["doctor"]:  # needs nothing but the library
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> None:
 def _parse_and_run(argv: list[str]) -> None:
     import tyro
 
-    from sslfast.train.config import CONFIGS
+    from sslfast.train import methods as known
 
     methods = tyro.extras.SubcommandApp()
-    for name, config_type in CONFIGS.items():
-        methods.command(name=name)(_trainer(name, config_type, argv))
+    for name in known.NAMES:
+        methods.command(name=name)(_trainer(name, known.module(name).Config, argv))
     if argv[:1] == ["train"]:
         methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
         return

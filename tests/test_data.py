@@ -1,5 +1,6 @@
 """Data sets: what each name gives, what is refused, and images that cannot be read."""
 
+import struct
 import sys
 import types
 
@@ -109,7 +110,7 @@ def test_folder_turns_photographs_upright(tmp_path):
 # Images that cannot be read, of a data set in memory and of one that is decoded in every epoch.
 
 
-BROKEN = ("04.png", "05.jpg", "06.png")
+BROKEN = ("04.png", "05.jpg", "06.png", "07.png")  # cut off, text, empty, a link to nowhere
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_broken_images_are_named_once_and_skipped(partly_broken, capsys):
     dataset = sources.load(f"folder:{partly_broken}", 8)
     assert len(dataset.train) + len(dataset.test) == 9
     printed = capsys.readouterr().out
-    assert printed.count("skipped") == 3  # a dangling link is no file
+    assert printed.count("skipped") == 4
     assert all(printed.count(f"{name}: ") == 1 for name in BROKEN)
 
 
@@ -149,6 +150,44 @@ def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, c
             assert torch.equal(image, dataset.train.images.decode(source))
     printed = capsys.readouterr().out
     assert all(printed.count(f"{names[i]}: ") == 1 for i in bad) and printed.count("skipped") == len(bad)
+
+
+def test_grey_images_of_more_than_8_bits(tmp_path, capsys):
+    """Pillow's own conversion would clip them to white or black."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for i in range(3):
+        Image.fromarray(ramp).save(tmp_path / f"{i}.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "integers.tiff")
+    Image.fromarray(ramp.astype(np.float32) / 65535).save(tmp_path / "floats.tiff")
+    dataset = sources.load(f"folder:{tmp_path}", 8)
+    assert torch.equal(dataset.train.image(0)[0], torch.from_numpy(ramp >> 8).byte())
+    printed = capsys.readouterr().out
+    assert printed.count("expected 8 or 16 bits per channel") == 2
+
+
+def test_any_error_of_a_decoder_is_a_broken_image(class_folder, monkeypatch, capsys):
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose
+
+    def odd(image):
+        if "07" in str(getattr(image, "filename", "")):
+            raise struct.error("required argument is not an integer")
+        return upright(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", odd)
+    dataset = sources.load(f"folder:{class_folder}", 8)
+    assert (
+        len(dataset.train) + len(dataset.test) == 38 and "07.png: error: required" in capsys.readouterr().out
+    )
+
+
+def test_a_name_of_any_bytes_can_be_reported(tmp_path, capsys):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png", i)
+    (tmp_path / "\udce9.png").write_text("no image")
+    sources.load(f"folder:{tmp_path}", 8)
+    assert r"\udce9.png" in capsys.readouterr().out
 
 
 def test_a_data_set_without_any_readable_image_is_refused(tmp_path, monkeypatch):
@@ -202,6 +241,17 @@ def test_npz_with_its_own_split_and_colours_first_or_last(tmp_path, prefixes, la
     assert sources.load(f"npz:{tmp_path / 'b.npz'}", 64).train.labels is None
 
 
+def test_npz_labels_are_numbered_from_0_and_one_class_is_none(tmp_path):
+    images = np.zeros((20, 8, 8), np.uint8)
+    ids = np.where(np.arange(20) % 2, 30_000_000, 7)
+    np.savez(tmp_path / "a.npz", images=images, labels=ids, notes=np.array([{"object": 1}]))
+    dataset = sources.load(f"npz:{tmp_path / 'a.npz'}", 8)
+    assert dataset.classes == ("7", "30000000") and dataset.train.labels.unique().tolist() == [0, 1]
+    assert dataset.test.labels.tolist() == [0, 1, 0, 1]
+    np.savez(tmp_path / "b.npz", images=images, labels=np.full(20, 3))
+    assert sources.load(f"npz:{tmp_path / 'b.npz'}", 8).train.labels is None
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -211,6 +261,8 @@ def test_npz_with_its_own_split_and_colours_first_or_last(tmp_path, prefixes, la
         {"images": np.zeros((4, 8, 8, 2), np.uint8)},
         {"images": np.zeros((4, 8), np.uint8)},
         {"images": np.zeros((1, 8, 8), np.uint8)},
+        {"images": np.zeros((4, 0, 0), np.uint8)},
+        {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.full(4, 1 << 63, np.uint64)},
         {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(3, int)},
         {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(4)},
         {"images": np.zeros((4, 8, 8), np.uint8), "labels": -np.ones(4, int)},

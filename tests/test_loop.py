@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sslfast.train import checkpoint, loop, optim
 from sslfast.train import log as log_module
-from sslfast.train.config import SimCLRConfig
 from sslfast.train.methods import Method, Now
+from sslfast.train.methods.simclr import Config as SimCLRConfig
 from sslfast.train.methods.simclr import SimCLR
 
 CPU = torch.device("cpu")
@@ -55,8 +55,8 @@ class Watched(Method):
         self.events: list[str] = []
         self.register_buffer("momentum", torch.zeros(()))
 
-    def schedule(self, now: Now) -> None:
-        self.events.append(f"schedule {now.step}/{now.total} {now.epoch}")
+    def schedule(self, now: Now, groups: list[dict]) -> None:
+        self.events.append(f"schedule {now.step}/{now.total} {now.epoch} {len(groups)}")
         self.momentum.fill_(now.step / now.total)
 
     def training_step(self, views):
@@ -78,7 +78,7 @@ def test_calls_come_in_the_order_that_methods_rely_on(images, tmp_path, monkeypa
     train = [event for event in method.events]
     expected = []
     for step in range(4):
-        expected += [f"schedule {step}/4 {step / 2}", *["training_step 2 True"] * 2, "after_step"]
+        expected += [f"schedule {step}/4 {step / 2} 2", *["training_step 2 True"] * 2, "after_step"]
     assert train == expected
     assert ",extra," in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
 
@@ -151,7 +151,7 @@ def test_an_update_reads_nothing_from_the_device(optimizer, clip_norm, tmp_path)
         model = loop.build("simclr", cfg, 1, 12)
         update = loop.Update(model, cfg, CPU)
         for _ in range(2):
-            model.schedule(Now(0, 2, 1))
+            model.schedule(Now(0, 2, 1), update.optimizer.param_groups)
             for _ in range(2):
                 loss, metrics = update.backward(tuple(torch.rand(2, 4, 1, 12, 12)))
             update.step()

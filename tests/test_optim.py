@@ -81,7 +81,7 @@ def test_parameter_groups_spare_biases_and_norms():
 
 def test_warmup_cosine():
     factors = [optim.warmup_cosine(step, 10, 110) for step in range(110)]
-    assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1
+    assert factors[0] == 0 and factors[1] == pytest.approx(0.1) and factors[10] == 1
     assert factors[60] == pytest.approx(0.5)
     assert factors[109] == pytest.approx(0.5 * (1 - math.cos(math.pi / 100)))
     assert all(a < b for a, b in zip(factors[:10], factors[1:11], strict=True))

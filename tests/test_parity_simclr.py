@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from sslfast.train import loop, optim
-from sslfast.train.config import SimCLRConfig
+from sslfast.train.methods.simclr import Config as SimCLRConfig
 
 BATCH, STEPS, WARMUP = 16, 5, 2
 FROZEN = "projector.7.bias"  # the last normalisation has no bias: a constant 0
@@ -137,7 +137,7 @@ def lars_outside(plain, name, g, rate, decay):
 
 def factor(k, warmup, total):
     if k < warmup:
-        return (k + 1) / (warmup + 1)
+        return k / warmup
     return 0.5 * (1 + math.cos(math.pi * (k - warmup) / (total - warmup)))
 
 

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch.nn import functional as F
 
 from sslfast.losses.contrastive import ntxent_reference
-from sslfast.train import augment, data, evaluate, loop, models
-from sslfast.train.config import SimCLRConfig, load, save
+from sslfast.train import augment, data, evaluate, loop, models, sources
+from sslfast.train.config import load, save
+from sslfast.train.methods.simclr import Config as SimCLRConfig
 from sslfast.train.methods.simclr import SimCLR
 
 
@@ -237,6 +240,35 @@ def test_bad_options_are_named(tmp_path):
         SimCLRConfig(out=tmp_path, resume=True, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("optimizer", "adam"), ("precision", "fp16"), ("stem", "large"), ("data", 5), ("epochs", 2.5),
+     ("epochs", True), ("learning_rate", "fast"), ("compile", 1)],
+)  # fmt: skip
+def test_options_of_another_type_are_named(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        SimCLRConfig(**{"out": tmp_path, name: value})
+
+
+def test_a_device_without_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="device: expected one that this machine has"):
+        SimCLRConfig(out=tmp_path, device="meta").resolve_device()
+
+
+def test_weights_that_are_not_of_the_run_are_named(class_folder, tmp_path):
+    cfg = config(tmp_path / "run", class_folder, epochs=1)
+    loop.train("simclr", cfg)
+    path = cfg.out / "weights.safetensors"
+    dataset = sources.load(cfg.data, 16)
+    for content, message in (
+        (path.read_bytes()[:-9], "is not a whole"),
+        (save_bytes({}), "are not of its config"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"run: .*{message}"):
+            evaluate.run("simclr", cfg, dataset, Console())
+
+
 def test_more_batches_than_there_are_cannot_be_accumulated(class_folder, tmp_path):
     with pytest.raises(ValueError, match="accumulate: expected at most 4 for 32 images, got 5"):
         loop.train("simclr", config(tmp_path / "run", class_folder, accumulate=5))
@@ -246,13 +278,15 @@ def test_more_batches_than_there_are_cannot_be_accumulated(class_folder, tmp_pat
 @pytest.mark.parametrize("optimizer, rate", [("adamw", 2e-3), ("sgd", 0.06), ("lars", 0.6)])
 def test_the_rate_follows_the_optimizer_and_the_batch(optimizer, rate, tmp_path):
     cfg = SimCLRConfig(out=tmp_path, optimizer=optimizer, batch_size=128, accumulate=4)
-    assert cfg.resolve_learning_rate() == pytest.approx(rate)
-    assert SimCLRConfig(out=tmp_path, optimizer=optimizer, learning_rate=0.7).resolve_learning_rate() == 0.7
+    assert cfg.resolve_learning_rate(512) == pytest.approx(rate)
+    assert SimCLRConfig(out=tmp_path, optimizer=optimizer, learning_rate=0.7).resolve_learning_rate(8) == 0.7
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"method": "simclr", "colour": 1}', '{"method": "other"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"method": "simclr", "colour": 1}', '{"method": "other"}', "\xff\xfe"]
+)
 def test_a_foreign_config_is_refused(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match="run: "):
         load(tmp_path)
 

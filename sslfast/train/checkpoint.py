@@ -76,6 +76,17 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
         raise OSError(f"could not write {path}: {error}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all; raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def on_cpu(tensor: Tensor) -> Tensor:
     """A contiguous copy with memory of its own, as safetensors wants it."""
     return tensor.detach().to("cpu", copy=True).contiguous()

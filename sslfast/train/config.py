@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from sslfast.train.checkpoint import write_text
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class TrainConfig:
     """Replace an earlier run in the same folder."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         least = {"epochs": 1, "batch_size": 2, "accumulate": 1, "image_size": 8, "patch_size": 1}
         for name, low in {**least, "workers": 0, "knn_every": 0, "seed": 0}.items():
             if getattr(self, name) < low:
@@ -81,13 +85,29 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("overwrite: expected --resume or --overwrite, got both")
 
+    def _check_types(self) -> None:
+        """A config comes from the command line, from a file, or from Python, which checks nothing."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, options = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is Literal:
+                fits, expected = value in options, "one of " + ", ".join(options)
+            else:
+                kinds = options or (hint,)
+                numbers = (int,) if float in kinds and not isinstance(value, bool) else ()
+                fits = isinstance(value, (*kinds, *numbers)) and (
+                    bool in kinds or not isinstance(value, bool)
+                )
+                expected = " or ".join(kind.__name__ for kind in kinds)
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
     def resolve_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(1, device=device).cpu()  # the meta device has nothing to copy
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device: expected one that this machine has, got {self.device!r}") from error
         return device
 
@@ -97,10 +117,10 @@ class TrainConfig:
             return torch.bfloat16 if fast else torch.float32
         return getattr(torch, self.precision)
 
-    def resolve_learning_rate(self) -> float:
+    def resolve_learning_rate(self, images: int) -> float:
+        """The peak for updates of so many images."""
         if self.learning_rate is not None:
             return self.learning_rate
-        images = self.batch_size * self.accumulate
         return {"adamw": 2e-3, "sgd": 0.03 * images / 256, "lars": 0.3 * images / 256}[self.optimizer]
 
     def resolve_augment(self) -> str:
@@ -109,50 +129,41 @@ class TrainConfig:
         return self.augment
 
 
-@dataclass(frozen=True)
-class SimCLRConfig(TrainConfig):
-    """SimCLR (Chen et al. 2020)."""
-
-    temperature: float = 0.2
-    projection_dim: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.projection_dim < 1:
-            raise ValueError(f"projection_dim: expected at least 1, got {self.projection_dim}")
-
-
-CONFIGS: dict[str, type[TrainConfig]] = {"simclr": SimCLRConfig}
-
-
 def identity(method: str, config: TrainConfig) -> dict:
     """The options that decide a run's weights: with others it is another run, and cannot be gone on with."""
     values = dataclasses.asdict(config)
-    for name in ("out", "device", "workers", "knn_every", "checkpoint_minutes", "resume", "overwrite"):
-        del values[name]
-    return {"method": method, **values}
+    for name in (
+        "out",
+        "data",
+        "device",
+        "workers",
+        "knn_every",
+        "checkpoint_minutes",
+        "resume",
+        "overwrite",
+    ):
+        del values[name]  # data may have moved: the images themselves are compared
+    return {"method": method, **values, "augment": config.resolve_augment()}
 
 
 def save(method: str, config: TrainConfig, path: Path) -> None:
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     del values["resume"], values["overwrite"]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"method": method, **values}, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps({"method": method, **values}, indent=2) + "\n")
 
 
 def load(run: Path) -> tuple[str, TrainConfig]:
     """The method and config of a run folder; the folder may have moved since."""
+    from sslfast.train import methods
+
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"run: expected the folder of a run, with a config.json, got {run}")
     try:
         values = json.loads(path.read_text())
         method = values.pop("method")
-        return method, CONFIGS[method](**{**values, "out": run})
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return method, methods.module(method).Config(**{**values, "out": run})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"run: {path} is not the config of a run that this version knows: {error}"
         ) from error

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 
 MEMORY = 4 << 30
 """Bytes of decoded images up to which a data set is kept in memory; a larger one is decoded every epoch."""
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)  # what Pillow raises on broken files
 TEST_EVERY = 5
 
 
@@ -27,7 +27,11 @@ class Pictures(Protocol):
         """What a message calls the image."""
 
     def open(self, index: int) -> Any:
-        """A PIL image; raises one of UNREADABLE where it cannot."""
+        """A PIL image."""
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded, and why."""
 
 
 class Decoded:
@@ -45,20 +49,28 @@ class Decoded:
         return len(self.pictures)
 
     def decode(self, index: int) -> Tensor:
-        """Picture `index` itself; raises one of UNREADABLE."""
+        """Picture `index` itself.
+
+        Raises:
+            Unreadable: it is broken, too large to be meant, or has more than 16 bits per channel.
+        """
         import numpy as np
         from PIL import Image, ImageOps
 
         try:
             with self.pictures.open(index) as opened:
-                opened.draft(
-                    "RGB", (self.size, self.size)
-                )  # JPEG: a fraction of the size where that is enough
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-                image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+                opened.draft("RGB", (self.size, self.size))  # JPEG: a fraction of the size where that will do
+                image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith("I;16"):  # convert would clip 16 bits at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    raise Unreadable(f"expected 8 or 16 bits per channel, got Pillow's mode {image.mode}")
+                image = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
+        except (Unreadable, MemoryError):
+            raise
+        except Exception as error:  # decoders raise all kinds of errors on broken files
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
         """(image, what could not be read on the way to it)."""
@@ -66,8 +78,8 @@ class Decoded:
         for candidate in (*range(index, len(self)), *range(index)):
             try:
                 return self.decode(candidate), broken
-            except UNREADABLE as error:
-                broken.append((candidate, f"{type(error).__name__}: {error}"))
+            except Unreadable as error:
+                broken.append((candidate, str(error)))
         raise ValueError(
             f"data: no readable image is left; the first: {self.pictures.name(0)}: {broken[0][1]}"
         )
@@ -76,7 +88,8 @@ class Decoded:
         for index, problem in broken:
             if index not in self.reported:
                 self.reported.add(index)
-                print(f"skipped {self.pictures.name(index)}: {problem}", flush=True)
+                line = f"skipped {self.pictures.name(index)}: {problem}"
+                print(line.encode("utf-8", "backslashreplace").decode(), flush=True)  # names are any bytes
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,13 @@ class ImageSet:
             return 3, self.images.size, self.images.size
         channels, height, width = self.images.shape[1:]
         return channels, height, width
+
+    def fingerprint(self) -> int:
+        """A checksum of the number of images and of up to 64 of them."""
+        checksum = len(self)
+        for i in range(0, len(self), max(1, len(self) // 64)):
+            checksum = zlib.crc32(self.image(i).cpu().contiguous().numpy().tobytes(), checksum)
+        return checksum
 
     def image(self, index: int) -> Tensor:
         """uint8 [C, H, W]"""
@@ -137,8 +157,9 @@ def _collate(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list]:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; what to do about it is the main process's affair."""
+    """A terminal or a job scheduler signals every process; what to do about it is the main one's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def image_set(pictures: Pictures, labels: Tensor | None, size: int) -> ImageSet:
@@ -157,8 +178,8 @@ def image_set(pictures: Pictures, labels: Tensor | None, size: int) -> ImageSet:
 def _attempt(decoded: Decoded, index: int) -> Tensor | str:
     try:
         return decoded.decode(index)
-    except UNREADABLE as error:
-        return f"{type(error).__name__}: {error}"
+    except Unreadable as error:
+        return str(error)
 
 
 def hold_out(labels: Sequence) -> tuple[list[int], list[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +38,10 @@ def run(
     model = loop.build(method, cfg, channels, size)
     sets = (dataset.train, dataset.test)
     untrained = features(model.encoder, sets, device, cfg.workers)
-    model.load_state_dict(weights(cfg.out))
+    try:
+        model.load_state_dict(weights(cfg.out))
+    except RuntimeError as error:
+        raise ValueError(f"run: the weights in {cfg.out} are not of its config: {error}") from error
     trained = features(model.encoder, sets, device, cfg.workers)
     pixels = features(Pixels(), sets, device, cfg.workers)
     if len(dataset.test):
@@ -56,8 +60,11 @@ def run(
 
 def weights(run: Path) -> dict[str, Tensor]:
     """The state of a run's model: at its end, or of its last checkpoint."""
-    if (run / WEIGHTS).exists():
-        return load_file(run / WEIGHTS)
+    try:
+        if (run / WEIGHTS).exists():
+            return load_file(run / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"run: {run / WEIGHTS} is not a whole safetensors file: {error}") from error
     if (run / CHECKPOINT).exists():
         return checkpoint.load(run / CHECKPOINT)["model"]
     raise ValueError(f"run: {run} has neither {WEIGHTS} nor {CHECKPOINT}")

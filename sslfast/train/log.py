@@ -2,15 +2,17 @@
 
 import csv
 import io
-import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from sslfast.train.checkpoint import write_text
 
 T = TypeVar("T")
 LIVE = 0.5
@@ -41,14 +43,17 @@ class Log:
         self.begin_epoch()
 
     def __enter__(self) -> "Log":
-        self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
+        self._board = None
+        with self._disk_may_be_full("TensorBoard events"):
+            self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
         self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
-        if self._board:
-            self._board.close()
+        with self._disk_may_be_full("TensorBoard events"):
+            if self._board:
+                self._board.close()
 
     def begin_epoch(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -110,10 +115,12 @@ class Log:
             **self._speed(),
         }
         self.rows.append(row)
-        try:
-            self._write(row)
-        except OSError as error:  # a full disk stops no run; the next epoch writes all rows again
-            self.console.print(f"[bold red]warning:[/] could not write metrics: {error}", highlight=False)
+        self.write()
+        with self._disk_may_be_full("TensorBoard events"):
+            if self._board:
+                for name, value in row.items():
+                    self._board.add_scalar(name, value, row["epoch"])
+                self._board.flush()
         if not self.console.is_terminal:
             print(f"epoch {row['epoch']}: {self._text(row)}", flush=True)
         if warning and not self._warned:
@@ -121,12 +128,18 @@ class Log:
         self._warned = bool(warning)
         self.begin_epoch()
 
-    def _write(self, row: dict[str, float]) -> None:
-        write_csv(self.rows, self.out / "metrics.csv")
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
+    def write(self) -> None:
+        """Writes metrics.csv, of all epochs, so that one that could not be written is not lost."""
+        with self._disk_may_be_full("metrics.csv"):
+            write_csv(self.rows, self.out / "metrics.csv")
+
+    @contextmanager
+    def _disk_may_be_full(self, what: str) -> Iterator[None]:
+        """What cannot be written stops no run."""
+        try:
+            yield
+        except OSError as error:
+            self.console.print(f"[bold red]warning:[/] could not write {what}: {error}", highlight=False)
 
     def _speed(self) -> dict[str, float]:
         seconds = self._elapsed + time.perf_counter() - self._began
@@ -166,9 +179,7 @@ def write_csv(rows: list[dict[str, float]], path: Path) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())
 
 
 def _tensorboard(out: Path, purge_step: int):

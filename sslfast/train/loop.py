@@ -1,21 +1,20 @@
 """The training loop that every method shares."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from sslfast.train import augment, checkpoint, evaluate, models, optim, report, sources
-from sslfast.train.config import SimCLRConfig, TrainConfig
+from sslfast.train import checkpoint, evaluate, methods, optim, report, sources
+from sslfast.train.config import TrainConfig
 from sslfast.train.log import Log
 from sslfast.train.methods import Method, Now
-from sslfast.train.methods.simclr import SimCLR
 from sslfast.train.monitor import CollapseMonitor
 from sslfast.train.run import WEIGHTS, Interruption, Run
 
@@ -39,13 +38,14 @@ def train(method: str, cfg: TrainConfig) -> Path:
         raise ValueError(f"accumulate: expected at most {most} for {count} images, got {cfg.accumulate}")
     if cfg.knn_every and (dataset.train.labels is None or not len(dataset.test)):
         raise ValueError("knn_every: expected 0 for data without labels or test images")
-    total, peak = cfg.epochs * steps, cfg.resolve_learning_rate()
+    total, peak = cfg.epochs * steps, cfg.resolve_learning_rate(batch_size * cfg.accumulate)
     model = build(method, cfg, channels, size).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    views = augment.two_views(cfg.resolve_augment(), size, channels).to(device)
+    views = model.views(cfg, channels, size).to(device)
     update, monitor, log = Update(model, cfg, device), CollapseMonitor(), Log(cfg.out, console, total)
     parts = {"model": model, "update": update, "monitor": monitor, "log": log}
-    run = Run(method, cfg, [count, channels, size], device, parts, console)
+    fingerprint = [count, channels, size, dataset.train.fingerprint()]
+    run = Run(method, cfg, fingerprint, device, parts, console)
     done = run.start()
 
     console.print(
@@ -53,7 +53,8 @@ def train(method: str, cfg: TrainConfig) -> Path:
         f"steps of {batch_size * cfg.accumulate}, {cfg.backbone} on {device}"
     )
     began, images = time.perf_counter(), dataset.train.to(device)
-    with log, Interruption(f"sslfast train {method} --out {cfg.out} --resume") as interruption:
+    command = f"sslfast train {method} --out {shlex.quote(str(cfg.out))} --resume"
+    with log, Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
             rows = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
@@ -62,7 +63,7 @@ def train(method: str, cfg: TrainConfig) -> Path:
             for step in range(done, (epoch + 1) * steps):
                 rate = peak * optim.warmup_cosine(step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
-                model.schedule(Now(step, total, steps))
+                model.schedule(Now(step, total, steps), update.optimizer.param_groups)
                 for _ in range(cfg.accumulate):
                     loss, metrics = update.backward(views(next(batches).float().div_(255)))
                     monitor.update(metrics.pop("embeddings"))
@@ -82,19 +83,19 @@ def train(method: str, cfg: TrainConfig) -> Path:
     console.print(f"trained for {time.perf_counter() - began:.0f} s")
     weights = {name: checkpoint.on_cpu(tensor) for name, tensor in model.state_dict().items()}
     checkpoint.write(cfg.out / WEIGHTS, weights)
-    report.loss_curve(cfg.out / "metrics.csv", cfg.out / "loss.png")
-    evaluate.run(method, cfg, dataset, console)
+    log.write()
+    report.loss_curve(log.rows, cfg.out / "loss.png")
+    try:
+        evaluate.run(method, cfg, dataset, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"trained; to evaluate: sslfast eval {shlex.quote(str(cfg.out))}") from None
     return cfg.out
 
 
 def build(method: str, cfg: TrainConfig, channels: int, size: int) -> Method:
     """The method's module for images [channels, size, size], with the weights of its seed."""
     torch.manual_seed(cfg.seed)
-    encoder: Any = models.backbone(
-        cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions
-    )
-    assert method == "simclr" and isinstance(cfg, SimCLRConfig), method
-    return SimCLR(encoder, encoder.dim, cfg.projection_dim, cfg.temperature)
+    return methods.module(method).build(cfg, channels, size)
 
 
 def order(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -126,11 +127,11 @@ class Update:
         return loss.detach(), metrics
 
     def step(self) -> dict[str, Tensor]:
-        """Clips (all parameters as one vector), updates, and returns metrics."""
+        """Clips if asked to, updates, and returns metrics."""
         metrics = {}
         if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
-            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            metrics["grad_norm"] = self.model.clip(self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

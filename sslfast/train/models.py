@@ -2,10 +2,12 @@
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.train.config import TrainConfig
 from sslfast.train.vit import SIZES, ViT
 
 RESNETS = ("compact", "resnet18", "resnet50")
@@ -137,6 +139,13 @@ def backbone(
         return _borrow(library, model, channels, image_size)
     raise ValueError(
         f"backbone: expected one of {', '.join(NAMES)}, torchvision:MODEL or timm:MODEL, got {name!r}"
+    )
+
+
+def build(cfg: TrainConfig, channels: int, size: int) -> Any:
+    """The backbone of a run for images [channels, size, size]."""
+    return backbone(
+        cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions
     )
 
 

@@ -102,7 +102,12 @@ def build(name: str, groups: list[dict], device: torch.device) -> torch.optim.Op
     if name == "lars":
         return LARS(groups, lr=0.0)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        for p in (p for group in sgd.param_groups for p in group["params"]):
+            # 0 gives the same first step; without it, one that overflows in float16 would leave fresh memory
+            # here
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True, capturable=device.type == "cuda")
     raise ValueError(f"optimizer: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -129,5 +134,5 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
     """Factor of the learning rate: linear from 0 over `warmup` steps, then a half cosine to 0 at `total`."""
     if step < warmup:
-        return (step + 1) / (warmup + 1)
+        return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))

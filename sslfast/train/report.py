@@ -1,6 +1,5 @@
 """The pictures of a run."""
 
-import csv
 from pathlib import Path
 
 import torch
@@ -10,23 +9,19 @@ from torch.nn import functional as F
 from sslfast.train.data import Dataset
 
 
-def loss_curve(metrics: Path, path: Path) -> None:
-    """Loss and learning rate over the epochs of metrics.csv."""
+def loss_curve(rows: list[dict[str, float]], path: Path) -> None:
+    """Loss and learning rate over the epochs, as in metrics.csv."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with metrics.open() as file:
-        rows = list(csv.DictReader(file))
-    epochs = [int(row["epoch"]) for row in rows]
+    epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(epochs, [float(row["loss"]) for row in rows], marker=".", label="loss")
+    axes.plot(epochs, [row["loss"] for row in rows], marker=".", label="loss")
     axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate = axes.twinx()
-    rate.plot(
-        epochs, [float(row["learning_rate"]) for row in rows], color="tab:gray", ls=":", label="learning rate"
-    )
+    rate.plot(epochs, [row["learning_rate"] for row in rows], color="tab:gray", ls=":", label="learning rate")
     rate.set_ylabel("learning rate at the end of the epoch")
     lines = [*axes.lines, *rate.lines]
     axes.legend(lines, [str(line.get_label()) for line in lines])

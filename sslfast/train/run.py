@@ -13,13 +13,14 @@ from sslfast.train.config import TrainConfig
 
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
 FILES = (CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json", "loss.png", "neighbours.png", "config.json")
+REMAINS = tuple(f"{name}.tmp" for name in FILES)  # of a process that was killed while it wrote
 
 
 class Run:
     """`cfg.out` with its config, and checkpoints of everything in `parts`.
 
     Args:
-        images: number, channels and side of the training images; a run goes on with the same only.
+        images: what tells the training images from others; a run goes on with the same only.
         parts: objects with state_dict and load_state_dict, by name.
     """
 
@@ -53,7 +54,7 @@ class Run:
             )
         if held:
             self._clear()
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(p.name not in REMAINS for p in out.iterdir())):
             raise ValueError(f"out: expected a new or empty folder, got {out}")
         if cfg.resume:
             self.console.print(f"no checkpoint in {out} yet: starting from the beginning")
@@ -66,7 +67,7 @@ class Run:
         out = self.cfg.out
         config.load(out)  # raises for another program's config.json
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
-        for name in FILES:
+        for name in (*REMAINS, *FILES):
             (out / name).unlink(missing_ok=True)
 
     def due(self) -> bool:
@@ -78,9 +79,14 @@ class Run:
         on.
 
         Raises:
-            FloatingPointError: the loss is not finite; the last good state stays.
+            FloatingPointError: the loss or a weight is not finite; the last good state stays.
         """
         self.parts["log"].check()
+        for name, value in self.parts["model"].state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after update {done}; try a lower --learning-rate"
+                )
         state = {
             "identity": self.identity,
             "done": done,
@@ -98,16 +104,19 @@ class Run:
 
     def _restore(self) -> int:
         state = checkpoint.load(self.path)
-        theirs = state["identity"]
+        theirs = state.get("identity", {})
         for name in sorted({*theirs, *self.identity}):
             if theirs.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"resume: the run in {self.cfg.out} has {name} = {theirs.get(name)!r}, "
                     f"got {self.identity.get(name)!r}"
                 )
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        checkpoint.set_random_state(state["random"], self.device)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            checkpoint.set_random_state(state["random"], self.device)
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+            raise ValueError(f"resume: {self.path} is not of this version: {error}") from error
         if state["threads"] != torch.get_num_threads():
             self.console.print(
                 f"the run had {state['threads']} threads and now has {torch.get_num_threads()}: "

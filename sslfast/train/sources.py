@@ -21,6 +21,10 @@ PHOTOS = (
     "hubble_deep_field", "immunohistochemistry", "moon", "motorcycle", "retina", "rocket",
 )  # fmt: skip
 PHOTO_CROPS = (250, 50)  # of each photograph, for training and for testing
+NPZ = {
+    *("images", "labels", "train_images", "train_labels", "test_images", "test_labels"),
+    *("x_train", "y_train", "x_test", "y_test"),
+}
 KERAS = {
     "x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels",
 }  # fmt: skip
@@ -154,7 +158,7 @@ def folder(name: str, image_size: int) -> Dataset:
 
 def _files(root: Path) -> list[tuple[Path, str | None]]:
     """(file, class) of each image below root, sorted; the class is the first sub-folder, if any."""
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
     parts = [(p, p.relative_to(root).parts) for p in files]
     return [(p, names[0] if len(names) > 1 else None) for p, names in parts]
 
@@ -171,8 +175,11 @@ def npz(name: str, image_size: int) -> Dataset:
     path = Path(name).expanduser()
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: archive[name] for name in archive.files if name in NPZ}
+            names = sorted(archive.files)
+    except (
+        OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
         raise ValueError(f"data: {path} is not a NumPy archive (.npz): {error}") from error
     for theirs, ours in KERAS.items():
         if theirs in arrays:
@@ -185,15 +192,27 @@ def npz(name: str, image_size: int) -> Dataset:
         sets = [_rows(whole, rows) for rows in hold_out(keys)]
     else:
         raise ValueError(f"data: expected the arrays images, or train_images and test_images, in {path}, "
-                         f"got {sorted(arrays)}")  # fmt: skip
+                         f"got {names}")  # fmt: skip
     if sets[0].shape != sets[1].shape:
         raise ValueError(
             f"data: training images are {sets[0].shape} and test images {sets[1].shape} in {path}"
         )
-    if any(part.labels is None for part in sets):
-        return Dataset(ImageSet(sets[0].images, None), ImageSet(sets[1].images, None), ())
-    count = 1 + max(int(part.labels.max()) if len(part) else 0 for part in sets)  # type: ignore[union-attr]
-    return Dataset(sets[0], sets[1], tuple(str(i) for i in range(count)))
+    return _dataset(sets, None)
+
+
+def _dataset(sets: list[ImageSet], names: Sequence[str] | None) -> Dataset:
+    """Both parts without labels where one has none, or where training images are all of one class."""
+    train, test = sets
+    if train.labels is None or test.labels is None or len(train.labels.unique()) < 2:
+        return Dataset(ImageSet(train.images, None), ImageSet(test.images, None), ())
+    if names is None:
+        values, labels = torch.cat([train.labels, test.labels]).unique(return_inverse=True)
+        names = [str(value) for value in values.tolist()]
+        train, test = (
+            ImageSet(train.images, labels[: len(train)]),
+            ImageSet(test.images, labels[len(train) :]),
+        )
+    return Dataset(train, test, tuple(str(name) for name in names))
 
 
 def _rows(whole: ImageSet, rows: list[int]) -> ImageSet:
@@ -212,14 +231,14 @@ def _arrays(arrays: dict[str, Any], prefix: str, path: Path) -> ImageSet:
         images = images[:, None]
     elif shape[3] in (1, 3) and shape[1] == shape[2]:
         images = images.permute(0, 3, 1, 2)
-    if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"data: expected square {prefix}images of 1 or 3 channels in {path}, got {list(shape)}"
-        )
+    if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3] or images.shape[2] < 8:
+        raise ValueError(f"data: expected square {prefix}images, 1 or 3 channels, 8 pixels+ in {path}, "
+                         f"got {list(shape)}")  # fmt: skip
     labels = arrays.get(prefix + "labels")
     if labels is None:
         return ImageSet(images.contiguous(), None)
-    if labels.size != len(images) or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+    whole = labels.dtype.kind in "iu" and labels.size == len(images)
+    if not whole or (labels.size and not 0 <= labels.min() <= labels.max() < 1 << 63):
         raise ValueError(f"data: expected {prefix}labels of {len(images)} integers from 0 in {path}, "
                          f"got {labels.dtype} {list(labels.shape)}")  # fmt: skip
     return ImageSet(images.contiguous(), torch.from_numpy(labels.astype("int64")).flatten())
@@ -318,13 +337,9 @@ def _split(
         rows = hold_out([0] * len(parts[0]) if whole is None else whole.tolist())
         parts = [Subset(parts[0], part) for part in rows]
         labels = [None if whole is None else whole[part] for part in rows]
-    if any(part is None for part in labels):
-        labels, names = [None, None], ()
     pictures: list[Pictures] = [Items(part, called, pick) for part in parts]
     sets = [image_set(p, part, image_size) for p, part in zip(pictures, labels, strict=True)]
-    if names is None:
-        names = [str(i) for i in range(1 + max(int(part.max()) for part in labels))]  # type: ignore[union-attr]
-    return Dataset(sets[0], sets[1], tuple(str(name) for name in names))
+    return _dataset(sets, names)
 
 
 LOADERS = {"folder": folder, "npz": npz, "torchvision": torchvision, "huggingface": huggingface}

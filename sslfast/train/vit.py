@@ -153,7 +153,7 @@ class ViT(nn.Module):
 
 
 def sine_cosine_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed positions as MAE and MoCo v3 have them: [H * W, dim].
+    """Fixed positions as MAE has them: [H * W, dim].
 
     The first half of the channels is for the column, the second for the row; each half is sines, then
     cosines, of the coordinate times 10000^(-i / (dim / 4)).

@@ -1,11 +1,28 @@
-"""One file per method: what it trains, and its loss on the views of a batch."""
+"""One file per method: what it trains, and its loss on the views of a batch.
 
+A method's module has `Config`, the options of its runs, and `build(cfg, channels, size)`, its Method for
+images [channels, size, size]. NAMES lists the modules.
+"""
+
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
-from sslfast.train import optim
+from sslfast.train import augment, optim
+from sslfast.train.config import TrainConfig
+
+NAMES = ("simclr",)
+
+
+def module(name: str) -> ModuleType:
+    """The module of the method called `name`; raises ValueError for an unknown one."""
+    if name not in NAMES:
+        raise ValueError(f"method: expected one of {', '.join(NAMES)}, got {name!r}")
+    return importlib.import_module(f"sslfast.train.methods.{name}")
 
 
 @dataclass(frozen=True)
@@ -26,9 +43,10 @@ class Now:
 class Method(nn.Module):
     """What the loop needs of a method. For each update it calls, in this order,
 
-    1. `schedule(now)`;
+    1. `schedule(now, groups)`;
     2. `training_step(views)` and backward, once for each of the batches that are accumulated;
-    3. the optimizer's step over `parameter_groups`, then `after_step()`.
+    3. `clip(max_norm)` if gradients are clipped, the optimizer's step over `parameter_groups`,
+    `after_step()`.
 
     What belongs to a batch (a queue, a centre) changes in `training_step`, what follows the weights (a
     teacher) in `after_step`. All state is in parameters and buffers, so that checkpoints have it; numbers
@@ -50,8 +68,16 @@ class Method(nn.Module):
         """Groups for the optimizer; may set its options and `lr_scale`, a factor of the learning rate."""
         return optim.parameter_groups(self, weight_decay)
 
-    def schedule(self, now: Now) -> None:
-        """Sets what changes over a run, other than the learning rate."""
+    def views(self, cfg: TrainConfig, channels: int, size: int) -> nn.Module:
+        """What makes the views: images [B, C, H, W] in [0, 1] -> a sequence of such tensors, of any sizes."""
+        return augment.two_views(cfg.resolve_augment(), size, channels)
+
+    def schedule(self, now: Now, groups: list[dict]) -> None:
+        """Sets what changes over a run, other than the learning rate; `groups` are the optimizer's."""
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradients down to a norm of at most max_norm, all as one vector; returns what it was."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def after_step(self) -> None:
         """Follows each update of the weights."""

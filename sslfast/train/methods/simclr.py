@@ -1,12 +1,35 @@
 """SimCLR (Chen et al. 2020): two views of each image attract, all other views in the batch repel."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sslfast.losses import NTXentLoss
+from sslfast.train import models
+from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """SimCLR (Chen et al. 2020)."""
+
+    temperature: float = 0.2
+    projection_dim: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim: expected at least 1, got {self.projection_dim}")
+
+
+def build(cfg: Config, channels: int, size: int) -> Method:
+    encoder = models.build(cfg, channels, size)
+    return SimCLR(encoder, encoder.dim, cfg.projection_dim, cfg.temperature)
 
 
 class SimCLR(Method):
