@@ -2,13 +2,14 @@
 
 import io
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from tiny_runs import config, timeless, weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,28 +20,6 @@ from sslfast.train.methods.simclr import Config as SimCLRConfig
 from sslfast.train.methods.simclr import SimCLR
 
 CPU = torch.device("cpu")
-
-
-def config(out, images, **changes) -> SimCLRConfig:
-    """2 epochs of 4 updates."""
-    values = dict(
-        out=out, data=images, epochs=2, batch_size=8, warmup_epochs=0.5, device="cpu", augment="mnist"
-    )
-    return SimCLRConfig(**{**values, **changes})
-
-
-def weights(cfg) -> dict[str, torch.Tensor]:
-    return load_file(cfg.out / "weights.safetensors")
-
-
-def assert_same_weights(one, other) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def timeless(cfg) -> list[str]:
-    """metrics.csv without its last three columns, which are times."""
-    return [line.rsplit(",", 3)[0] for line in (cfg.out / "metrics.csv").read_text().splitlines()]
 
 
 # What the loop asks of a method.
@@ -237,6 +216,7 @@ def test_tensorboard_has_each_epoch_once(images, tmp_path, monkeypatch, interrup
     with pytest.raises(KeyboardInterrupt):
         loop.train("simclr", cfg)
     monkeypatch.undo()
+    time.sleep(1.1)  # within one process, TensorBoard orders its files by the second in their names
     loop.train("simclr", config(cfg.out, images, epochs=3, resume=True))
     events = EventAccumulator(str(cfg.out / "tensorboard")).Reload()
     assert {"loss", "effective_rank", "learning_rate", "data_wait"} <= set(events.Tags()["scalars"])

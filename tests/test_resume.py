@@ -11,39 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny_runs import assert_same_weights, config, timeless, weights
 
 from sslfast.cli import main
 from sslfast.train import checkpoint, data, loop
 from sslfast.train import log as log_module
-from sslfast.train.methods.simclr import Config as SimCLRConfig
 from sslfast.train.methods.simclr import SimCLR
 from sslfast.train.run import Interruption
 from sslfast.train.vit import SIZES
 
 CPU = torch.device("cpu")
-
-
-def config(out, images, **changes) -> SimCLRConfig:
-    """2 epochs of 4 updates."""
-    values = dict(
-        out=out, data=images, epochs=2, batch_size=8, warmup_epochs=0.5, device="cpu", augment="mnist"
-    )
-    return SimCLRConfig(**{**values, **changes})
-
-
-def weights(cfg) -> dict[str, torch.Tensor]:
-    return load_file(cfg.out / "weights.safetensors")
-
-
-def assert_same_weights(one, other) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def timeless(cfg) -> list[str]:
-    """metrics.csv without its last three columns, which are times."""
-    return [line.rsplit(",", 3)[0] for line in (cfg.out / "metrics.csv").read_text().splitlines()]
 
 
 # Resuming.

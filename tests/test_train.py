@@ -36,9 +36,11 @@ def config(out, folder, **changes):
 # Views
 
 
-@pytest.mark.parametrize("preset, channels, size", [("mnist", 1, 28), ("simclr", 3, 32), ("simclr", 3, 48)])
-def test_two_views(preset, channels, size):
-    images = torch.rand(6, channels, size, size)
+@pytest.mark.parametrize(
+    "preset, channels, size, moved", [("mnist", 1, 28, 0.5), ("simclr", 3, 32, 1.0), ("simclr", 3, 48, 1.0)]
+)
+def test_two_views(preset, channels, size, moved):
+    images = torch.rand(200, channels, size, size)
     views = augment.two_views(preset, size, channels)
     torch.manual_seed(3)
     z1, z2 = views(images)
@@ -46,8 +48,9 @@ def test_two_views(preset, channels, size):
     assert all(torch.equal(a, b) for a, b in zip((z1, z2), views(images), strict=True))
     for z in (z1, z2):
         assert z.shape == images.shape and z.min() >= 0 and z.max() <= 1
-        assert (z - images).flatten(1).norm(dim=1).min() > 0
-    assert ((z1 - z2).flatten(1).norm(dim=1) > 0).all()  # each image has its own pair of views
+        assert abs((z != images).flatten(1).any(1).float().mean() - moved) < 0.15
+    pairs = (z1 != z2).flatten(1).any(1).float().mean()  # each image has its own pair of views
+    assert abs(pairs - (1 - (1 - moved) ** 2)) < 0.15
 
 
 def test_unknown_preset_is_refused():

@@ -16,7 +16,8 @@ from sslfast.train.methods import Method
 class Config(TrainConfig):
     """SimCLR (Chen et al. 2020)."""
 
-    temperature: float = 0.2
+    temperature: float = 0.5
+    """As the official code has it for CIFAR-10; it has 0.1 for ImageNet."""
     projection_dim: int = 128
 
     def __post_init__(self) -> None:
