@@ -151,6 +151,7 @@ def config(tmp_path, **changes):
         epochs=STEPS,  # of one update each
         warmup_epochs=float(WARMUP),
         weight_decay=0.05,  # large, so that one in the wrong place shows
+        temperature=0.2,
         precision="float32",  # no autocast: float64 stays float64
         device="cpu",
         seed=8,  # no gradient but 0 is near AdamW's epsilon, where rounding would be amplified
