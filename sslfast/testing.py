@@ -30,6 +30,12 @@ FLOOR = 4.0
 # the truth by this many of the same units, on top of twice the yardstick's difference.
 VECTOR_FLOOR = 16.0
 
+# A backend may round the tile of gradient weights to the inputs' 16-bit dtype before its product, as attention
+# kernels do. That moves each term of a gradient by at most half an eps of itself, independently, so that their sum
+# moves by about 0.3 eps times the root of the sum of their squares, the unit here.
+TILE_FLOOR = 2.0
+TILE_VECTOR_FLOOR = 1.0
+
 Inputs = Mapping[str, Any]
 
 
@@ -237,13 +243,13 @@ class Op:
         run, reference: functions of the same keyword arguments.
         equivalent: inputs of the same results, up to rounding, that round differently.
         terms: (inputs, upstream gradients) in float64 to (max |logit|, for each floating input the sum of the
-            absolute values of its gradient's terms).
+            absolute values of its gradient's terms, and the root of the sum of their squares).
     """
 
     run: Callable[..., Any]
     reference: Callable[..., Any]
     equivalent: Callable[[Inputs], dict[str, Any]]
-    terms: Callable[[Inputs, Sequence[Tensor | None]], tuple[float, dict[str, Tensor]]]
+    terms: Callable[[Inputs, Sequence[Tensor | None]], tuple[float, dict[str, tuple[Tensor, Tensor]]]]
 
 
 def similarity_lse_reference(
@@ -262,7 +268,7 @@ def _similarity_lse_equivalent(inputs: Inputs) -> dict[str, Any]:
 
 def _similarity_lse_terms(
     inputs: Inputs, upstream: Sequence[Tensor | None]
-) -> tuple[float, dict[str, Tensor]]:
+) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     a, scale, bias = inputs["a"], inputs.get("scale", 1.0), inputs.get("bias")
     b = inputs.get("b")
     b, is_self = (a, True) if b is None else (b, False)
@@ -281,10 +287,16 @@ def _similarity_lse_terms(
         if gradient is not None:
             weights += allowed.softmax(dim).nan_to_num(0.0) * gradient.abs().unsqueeze(dim)
     size = scale.abs() if isinstance(scale, Tensor) else abs(scale)
-    terms = {"scale": (weights * (a.abs() @ b.abs().T)).sum(), "bias": weights.sum(0)}
-    terms["a"], terms["b"] = size * (weights @ b.abs()), size * (weights.T @ a.abs())
-    terms["a"] = terms["a"] + terms["b"] if is_self else terms["a"]
-    return (finite.abs().max().item() if len(finite) else 0.0), terms
+
+    def sums(power: int) -> dict[str, Tensor]:
+        w, x, y, k = weights**power, a.abs() ** power, b.abs() ** power, size**power
+        found = {"scale": (w * (x @ y.T if power == 1 else (a @ b.T) ** 2)).sum(), "bias": w.sum(0)}
+        found["a"], found["b"] = k * (w @ y), k * (w.T @ x)
+        found["a"] = found["a"] + found["b"] if is_self else found["a"]
+        return found
+
+    roots = {name: x.sqrt() for name, x in sums(2).items()}
+    return (finite.abs().max().item() if len(finite) else 0.0), {k: (x, roots[k]) for k, x in sums(1).items()}
 
 
 OPS: dict[str, Op] = {
@@ -302,6 +314,7 @@ def assert_close_to_reference(
     seed: int = 0,
     upstream: Sequence[Tensor | None] | None = None,
     needs: Sequence[str] | None = None,
+    rounds_tiles: bool = False,
 ) -> None:
     """Raises AssertionError unless an op's values and gradients are as good as its reference's.
 
@@ -312,6 +325,7 @@ def assert_close_to_reference(
         seed: of the random upstream gradients.
         upstream: gradients of the outputs instead, None for an output that the loss does not use.
         needs: names of the inputs that require a gradient; every floating tensor if left out.
+        rounds_tiles: gradient weights of 16-bit inputs are rounded to their dtype.
     """
     spec = OPS[op]
     work = torch.finfo(working_dtype(inputs["a"]))
@@ -339,12 +353,15 @@ def assert_close_to_reference(
         assert value.dtype == outputs[i].dtype, f"output {i}: {value.dtype}, expected {outputs[i].dtype}"
         assert_no_worse(f"output {i}", value, true, yard, FLOOR * unit)
     for name in needs:
-        what, size = f"gradient of {name}", terms[name]
+        what, (size, root) = f"gradient of {name}", terms[name]
+        eps = torch.finfo(inputs["a"].dtype).eps if rounds_tiles else 0.0
         value, true, yard = ours[1][name], truth[1][name], yardstick[1][name]
         assert value.dtype == inputs[name].dtype, f"{what}: {value.dtype}, expected {inputs[name].dtype}"
-        floor = FLOOR * unit * (size.max().item() if size.numel() else 0.0) + work.tiny
+        most, most_root = (x.max().item() if x.numel() else 0.0 for x in (size, root))
+        floor = FLOOR * unit * most + TILE_FLOOR * eps * most_root + work.tiny
         assert_no_worse(what, value, true, yard, floor)
-        floor = VECTOR_FLOOR * unit * size.norm().item() + work.tiny * len(size.flatten())
+        floor = VECTOR_FLOOR * unit * size.norm().item() + TILE_VECTOR_FLOOR * eps * root.norm().item()
+        floor += work.tiny * len(size.flatten())
         assert_same_direction(what, value, true, yard, floor)
 
 

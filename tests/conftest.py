@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import sslfast
-from sslfast import _C
+if not torch.cuda.is_available():  # before anything imports a kernel
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import sslfast  # noqa: E402
+from sslfast import _C  # noqa: E402
 
 
 def pytest_configure() -> None:

@@ -19,6 +19,7 @@ SERVED = [
     for case in cases
     for dtype in case.dtypes
     if _backend.why_not(op, backend, device, dtype) is None
+    and (backend, device) != ("triton", "cpu")  # its interpreter: tests/test_triton.py
 ]
 
 
@@ -28,7 +29,8 @@ def test_agrees_with_the_reference(op, case, dtype, backend, device, monkeypatch
     serve = _backend.implementation
     monkeypatch.setattr(_backend, "implementation", lambda op, name: served.append(name) or serve(op, name))
     with sslfast.use_backend(backend):
-        assert_close_to_reference(op, case.inputs(dtype, device, seed=1), seed=2)
+        rounds = backend in ("triton", "cuda") and dtype.itemsize == 2
+        assert_close_to_reference(op, case.inputs(dtype, device, seed=1), seed=2, rounds_tiles=rounds)
     # the reference is called directly; every other backend served the forward pass and no other one did
     assert set(served) == ({backend} if backend != "reference" else set())
 
@@ -50,6 +52,8 @@ def test_cases_are_fresh_random_numbers_of_their_dtype():
 
 @pytest.mark.parametrize("backend", sslfast.available_backends())
 def test_every_available_backend_runs_some_case(backend):
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("tests/test_triton.py does")
     assert any(parameter.values[3] == backend for parameter in SERVED)
 
 

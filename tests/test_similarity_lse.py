@@ -251,9 +251,9 @@ def test_opcheck(name, dtype):
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(inputs["scale"], dtype=work)
     for cols in (False, True):
-        forward = (a, b, scale, bias, a_ids, b_ids, False, cols, "cpu")
+        forward = (a, b, scale, bias, a_ids, b_ids, False, cols, False, "cpu")
         torch.library.opcheck(torch.ops.sslfast.similarity_lse_fwd, forward)
-        row, col = torch.ops.sslfast.similarity_lse_fwd(*forward)
+        row, col, _ = torch.ops.sslfast.similarity_lse_fwd(*forward)
         g, h = torch.randn_like(row), torch.randn_like(col) if cols else None
         for needs in ((True, b is not None, True, bias is not None), (True, False, False, False)):
             backward = (g, h, a, b, scale, bias, a_ids, b_ids, row, col, False, needs, "cpu")

@@ -1,6 +1,7 @@
 """Which backend serves a call, and the one choke point where a tensor becomes an address."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -11,7 +12,7 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 
 # What each op prefers where nothing is forced; the first backend that can serve the call does.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "similarity_lse": {"cpu": ("cpu",), "cuda": ()},
+    "similarity_lse": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 
 _blocks: list["use_backend"] = []  # those entered and not left, of all threads
@@ -106,6 +107,29 @@ def available_backends() -> tuple[str, ...]:
         return any(why_not(op, name, d, t) is None for op in _registered for d in devices for t in dtypes)
 
     return tuple(name for name in BACKENDS if serves(name))
+
+
+def triton_refuses(device_type: str) -> str | None:
+    """Why Triton's kernels cannot serve tensors of this device type; None where they can."""
+    try:
+        import triton
+
+        from sslfast.kernels import similarity_lse as kernels
+    except ImportError:
+        return "triton is not installed"
+    if device_type == "cpu":
+        interpreted = not isinstance(kernels.pack, triton.JITFunction)
+        return None if interpreted else "it serves CUDA tensors (and, under TRITON_INTERPRET=1, CPU tensors)"
+    if device_type != "cuda":
+        return f"it has no kernel for {device_type}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one: a kernel is launched there, on its current stream."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def pointer(

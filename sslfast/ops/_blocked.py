@@ -10,10 +10,11 @@ which two more matrix products accumulate in float32. Self-similarity without a 
 on or above the diagonal are computed, and an off-diagonal tile serves both of its sides (its G is G_ij +
 G_ji).
 
-A backend supplies an object with the members of `CpuTiles`; the driver knows nothing of devices.
+A backend supplies an object with the members of `Tiles`; the driver knows nothing of devices.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,49 @@ from sslfast.ops._backend import pointer
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def forward(tiles: "CpuTiles", return_cols: bool) -> tuple[Tensor, Tensor]:
+class Tiles(Protocol):
+    """Tiles of one call: a [m, D], b [n, D], products of their rows, and the epilogues.
+
+    symmetric: S is; is_self: b is a. tile_rows, tile_cols: size of a tile.
+    """
+
+    a: Tensor
+    b: Tensor
+    m: int
+    n: int
+    is_self: bool
+    symmetric: bool
+    tile_rows: int
+    tile_cols: int
+
+    def product(self, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        """a[r0 : r0 + rows] b[c0 : c0 + cols]^T, in the one tile buffer."""
+
+    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
+        """total += weights operand."""
+
+    def begin_forward(self, return_cols: bool) -> None: ...
+    def forward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> None: ...
+    def finish_forward(self) -> tuple[Tensor, Tensor]: ...
+
+    def begin_backward(
+        self, g: Tensor, h: Tensor | None, row: Tensor, col: Tensor | None, dbias: Tensor | None
+    ) -> None: ...
+
+    def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        """The tile's G, perhaps in its place, and perhaps all G of a call times one constant."""
+
+    def total(self, rows: int) -> Tensor:
+        """Zeros [rows, D] to accumulate in."""
+
+    def scaled(self, total: Tensor) -> Tensor:
+        """total times the scale, perhaps in its place, without G's constant."""
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        """x without G's constant."""
+
+
+def forward(tiles: Tiles, return_cols: bool) -> tuple[Tensor, Tensor]:
     """Row log-sum-exps [m], and column log-sum-exps [n] (or [0]), in the working dtype."""
     mirrored = tiles.symmetric and return_cols  # columns are rows again
     tiles.begin_forward(return_cols and not mirrored)
@@ -36,7 +79,7 @@ def forward(tiles: "CpuTiles", return_cols: bool) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    tiles: "CpuTiles", g: Tensor, h: Tensor | None, row: Tensor, col: Tensor | None, needs: tuple[bool, ...]
+    tiles: Tiles, g: Tensor, h: Tensor | None, row: Tensor, col: Tensor | None, needs: tuple[bool, ...]
 ) -> Gradients:
     """Gradients to (a, b, scale, bias) in the working dtype, those that `needs` asks for.
 
@@ -48,14 +91,13 @@ def backward(
     need_ga = need_b or (tiles.is_self and need_a) or (tiles.symmetric and need_scale)  # G^T a
     need_gb = need_a or tiles.symmetric and need_scale or need_scale and not need_ga  # G b
     # Symmetric tiles give (G + G^T) a in gb alone.
-    gb = torch.zeros_like(tiles.a) if need_gb else None
-    ga = gb if tiles.symmetric else torch.zeros_like(tiles.b) if need_ga else None
+    gb = tiles.total(tiles.m) if need_gb else None
+    ga = gb if tiles.symmetric else tiles.total(tiles.n) if need_ga else None
     dbias = g.new_zeros(tiles.n) if need_bias else None
 
     tiles.begin_backward(g, h, row, col, dbias)
     for r0, rows, c0, cols in _walk(tiles):
-        weights = tiles.product(r0, rows, c0, cols)
-        tiles.backward(weights, r0, rows, c0, cols)
+        weights = tiles.backward(tiles.product(r0, rows, c0, cols), r0, rows, c0, cols)
         if gb is not None:
             tiles.accumulate(gb[r0 : r0 + rows], weights, tiles.b[c0 : c0 + cols])
         if ga is not None and not (tiles.symmetric and r0 == c0):
@@ -65,17 +107,17 @@ def backward(
     if need_scale:  # <a, G b> = <b, G^T a>
         left, right = (tiles.a, gb) if gb is not None else (tiles.b, ga)
         assert right is not None
-        dscale = (left * right).sum(dtype=torch.float64) * (0.5 if tiles.symmetric else 1.0)
+        dscale = tiles.unscaled((left * right).sum(dtype=torch.float64)) * (0.5 if tiles.symmetric else 1.0)
     if gb is not None and need_a:
         if ga is not None and tiles.is_self and not tiles.symmetric:
             gb += ga
-        da = gb.mul_(tiles.scale)
+        da = tiles.scaled(gb)
     if ga is not None and need_b:
-        db = ga.mul_(tiles.scale)
-    return da, db, dscale, dbias
+        db = tiles.scaled(ga)
+    return da, db, dscale, None if dbias is None else tiles.unscaled(dbias)
 
 
-def _walk(tiles: "CpuTiles") -> Iterator[tuple[int, int, int, int]]:
+def _walk(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
     """(first row, rows, first column, columns) of each tile, in a fixed order.
 
     Symmetric: a square on the diagonal, which is its own mirror image, then wide tiles to its right. Half of
@@ -151,14 +193,21 @@ class CpuTiles:
         return pointer(name, tensor, self.a.dtype, shape, self.a.device)
 
     def product(self, r0: int, rows: int, c0: int, cols: int) -> Tensor:
-        """a[r0 : r0 + rows] b[c0 : c0 + cols]^T, in the one tile buffer."""
         if self._tile.shape != (rows, cols):
             self._tile = self._buffer[: rows * cols].view(rows, cols)
         return torch.mm(self.a[r0 : r0 + rows], self.b[c0 : c0 + cols].t(), out=self._tile)
 
     def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
-        """total += weights operand."""
         total.addmm_(weights, operand)
+
+    def total(self, rows: int) -> Tensor:
+        return self.a.new_zeros(rows, self.a.shape[1])
+
+    def scaled(self, total: Tensor) -> Tensor:
+        return total.mul_(self.scale)
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        return x
 
     def begin_forward(self, return_cols: bool) -> None:
         self._row_state = self.a.new_empty(2, self.m)
@@ -199,5 +248,6 @@ class CpuTiles:
             self._pointer("dbias", dbias, self.n),
         )
 
-    def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> None:
+    def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         self._kernels.backward(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)
+        return tile

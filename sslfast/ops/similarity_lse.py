@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from sslfast.kernels import tuning
 from sslfast.ops import _backend
 from sslfast.ops._check import FLOATS, check_tensor, scalar, working_dtype
 from sslfast.ops._library import define, once_differentiable
@@ -57,15 +58,19 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
 # results.
 
 
-def _forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, backend):
+def _forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend):
     return _backend.implementation("similarity_lse", backend).forward(
-        a, b, scale, bias, a_ids, b_ids, same, return_cols
+        a, b, scale, bias, a_ids, b_ids, same, return_cols, expect
     )
 
 
-def _forward_fake(a, b, scale, bias, a_ids, b_ids, same, return_cols, backend):
+def _forward_fake(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend):
     work, n = working_dtype(a), (a if b is None else b).shape[0]
-    return a.new_empty(a.shape[0], dtype=work), a.new_empty(n if return_cols else 0, dtype=work)
+    return (
+        a.new_empty(a.shape[0], dtype=work),
+        a.new_empty(n if return_cols else 0, dtype=work),
+        a.new_empty(a.shape if expect else 0, dtype=work),
+    )
 
 
 def _backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs, backend):
@@ -88,7 +93,7 @@ def _backward_fake(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs,
 
 _fwd = define(
     "similarity_lse_fwd(Tensor a, Tensor? b, Tensor scale, Tensor? bias, Tensor? a_ids, Tensor? b_ids, "
-    "bool same, bool return_cols, str backend) -> (Tensor, Tensor)",
+    "bool same, bool return_cols, bool expect, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -101,10 +106,12 @@ _bwd = define(
 )
 
 
-def _cpu_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols):
+def _cpu_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
     from sslfast.ops import _blocked
 
-    return _blocked.forward(_blocked.CpuTiles(a, b, scale, bias, a_ids, b_ids, same), return_cols)
+    assert not expect, "only Triton's kernels compute expectations"
+    row, col = _blocked.forward(_blocked.CpuTiles(a, b, scale, bias, a_ids, b_ids, same), return_cols)
+    return row, col, row.new_empty(0)
 
 
 def _cpu_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
@@ -123,26 +130,74 @@ def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
 _backend.register("similarity_lse", "cpu", _backend.Backend(_cpu_forward, _cpu_backward, _cpu_refuses))
 
 
+def _triton_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
+    from sslfast.ops import _chunked, _flash
+
+    m, n = a.shape[0], (a if b is None else b).shape[0]
+    if m == 0 or n == 0:
+        row, col = (scale.new_full((size,), -torch.inf) for size in (m, n if return_cols else 0))
+        return row, col, scale.new_zeros(a.shape if expect else 0)
+    with _backend.device_of(a):
+        if expect or tuning.form(a.shape[1], a.dtype, a.device) == "flash":
+            return _flash.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect)
+        return *_chunked.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols), scale.new_empty(0)
+
+
+def _triton_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
+    from sslfast.ops import _chunked, _flash
+
+    if a.shape[0] == 0 or (a if b is None else b).shape[0] == 0:
+        inputs = zip((a, b, scale, bias), needs, strict=True)
+        return tuple(torch.zeros_like(x) if need and x is not None else None for x, need in inputs)
+    with _backend.device_of(a):
+        form = _flash if tuning.form(a.shape[1], a.dtype, a.device) == "flash" else _chunked
+        return form.backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs)
+
+
+def _triton_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return _backend.triton_refuses(device_type) or (
+        None if dtype in FLOATS and dtype != torch.float64 else f"it has no kernel for {dtype}"
+    )
+
+
+_backend.register(
+    "similarity_lse", "triton", _backend.Backend(_triton_forward, _triton_backward, _triton_refuses)
+)
+
+
 class _SimilarityLSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, scale, bias, a_ids, b_ids, same, return_cols, backend):
-        row, col = _fwd(a, b, scale, bias, a_ids, b_ids, same, return_cols, backend)
+    def forward(ctx, a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend):
+        row, col, mean = _fwd(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend)
+        ctx.set_materialize_grads(False)
+        ctx.expect = expect
+        if expect:
+            ctx.save_for_backward(a, scale, mean)
+            return row
         ctx.save_for_backward(a, b, scale, bias, a_ids, b_ids, row, col)
         ctx.same, ctx.return_cols, ctx.backend = same, return_cols, backend
-        ctx.set_materialize_grads(False)
         return (row, col) if return_cols else row
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, h=None):
-        a, b, scale, bias, a_ids, b_ids, row, col = ctx.saved_tensors
         if g is None and h is None:
-            return (None,) * 9
+            return (None,) * 10
+        if ctx.expect:
+            return _from_expectation(g, *ctx.saved_tensors, ctx.needs_input_grad)
+        a, b, scale, bias, a_ids, b_ids, row, col = ctx.saved_tensors
         g = torch.zeros_like(row) if g is None else g
         needs = ctx.needs_input_grad[:4]
         gradients = _bwd(g, h, a, b, scale, bias, a_ids, b_ids, row, col, ctx.same, needs, ctx.backend)
         kept = (d if need else None for d, need in zip(gradients, needs, strict=True))
-        return *kept, None, None, None, None, None
+        return *kept, None, None, None, None, None, None
+
+
+def _from_expectation(g, a, scale, mean, needs):
+    """Gradients by d row_i / d a_i = scale sum_j p_ij b_j, which the forward pass has left in mean_i."""
+    da = ((scale * g)[:, None] * mean).to(a.dtype) if needs[0] else None
+    dscale = (g * (a * mean).sum(1)).sum() if needs[2] else None
+    return da, None, dscale, *(None,) * 7
 
 
 @overload
@@ -216,7 +271,11 @@ def similarity_lse(
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b
         b_ids = b_ids.view_as(b_ids) if b_ids is not None and b_ids is a_ids else b_ids
-    return _SimilarityLSE.apply(a, b, scale, bias, a_ids, b_ids, same, return_cols, backend)
+    # Where b and bias have no gradient (a queue of keys), a's comes out of the forward pass: a pass less.
+    expect = backend == "triton" and b is not None and not return_cols and torch.is_grad_enabled()
+    expect = expect and (a.requires_grad or scale.requires_grad) and not b.requires_grad
+    expect = expect and not (bias is not None and bias.requires_grad) and tuning.fits(a.shape[1], a.element_size())
+    return _SimilarityLSE.apply(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend)
 
 
 def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
