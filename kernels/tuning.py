@@ -1,5 +1,12 @@
 """The one place for block sizes, warps and stages."""
 
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +19,9 @@ CPU_TILE = (384, 1024)
 PADDING = 128  # rows of the flash form are padded to a multiple of this; every tile's side divides it
 SMALL = 1024 * 1024  # up to so many logits the running maximum alone serves: fewer launches
 
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
+VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN
+
 
 class Tile(NamedTuple):
     """Rows of x and of y in a tile of logits, warps per program, depth of the pipeline of loads."""
@@ -22,6 +32,44 @@ class Tile(NamedTuple):
     stages: int
 
 
+# Flash form, by (bytes of the dtype, widest rows): no configuration of 16-bit rows spills a register on any of the
+# architectures, and all fit the 99 KiB of shared memory of the consumer cards among them (benchmarks/static_gpu.py).
+# float32 on tensor cores needs three times the operands in registers, hence small tiles and narrow rows.
+FLASH: dict[tuple[int, int], dict[str, Tile]] = {
+    (2, 128): dict.fromkeys(VARIANTS, Tile(128, 64, 8, 3)),
+    (2, 256): {
+        "sums": Tile(128, 64, 8, 2),
+        "attend": Tile(128, 64, 8, 2),
+        "expect": Tile(64, 64, 8, 2),
+        "grad": Tile(64, 64, 8, 2),
+    },
+    (4, 64): {
+        "sums": Tile(64, 32, 8, 2),
+        "attend": Tile(64, 32, 4, 2),
+        "expect": Tile(64, 16, 4, 2),
+        "grad": Tile(64, 16, 4, 2),
+    },
+}
+# Where an architecture wants another tile: (architecture, variant, bytes, widest rows).
+EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
+    (90, "expect", 4, 64): Tile(64, 32, 4, 2),
+    (90, "grad", 4, 64): Tile(64, 32, 4, 2),
+}
+
+# What `sslfast tune` tries beside the table's choice.
+CANDIDATES = (
+    Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4),
+    Tile(128, 64, 4, 3), Tile(64, 128, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
+    Tile(64, 64, 8, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2),
+)  # fmt: skip
+
+# Chunked form: rows and columns of a tile of logits, of which the L2 cache is to hold the float32 and the 16-bit copy;
+# and rows and columns of a block of its epilogues.
+CHUNK = (2048, 4096)
+CHUNKS = (CHUNK, (1024, 4096), (2048, 2048), (2048, 8192), (4096, 4096))  # tried by `sslfast tune`
+EPILOGUE = Tile(64, 128, 4, 1)
+
+
 def padded_dim(d: int) -> int:
     """Features as the flash kernels see them: a power of two, 16 at least."""
     return max(16, 1 << max(0, d - 1).bit_length())
@@ -29,19 +77,40 @@ def padded_dim(d: int) -> int:
 
 def fits(d: int, itemsize: int) -> bool:
     """Whether the flash form takes rows of d features."""
-    return padded_dim(d) * itemsize <= 512
+    return any(size == itemsize and padded_dim(d) <= widest for size, widest in FLASH)
 
 
 def form(d: int, dtype: torch.dtype, device: torch.device) -> str:
-    return "flash" if fits(d, dtype.itemsize) else "chunked"
+    """ "flash" or "chunked"."""
+    if not fits(d, dtype.itemsize):
+        return "chunked"
+    return str(chosen(device).get(_key("form", padded_dim(d), dtype.itemsize), "flash"))
 
 
 def tile(variant: str, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    return Tile(128, 64, 8, 2)
+    """The flash form's tile: the user's own measurement, or the table's."""
+    mine = chosen(device).get(_key(variant, width, dtype.itemsize))
+    return Tile(*mine) if mine else default_tile(variant, width, dtype.itemsize, architecture(device))
 
 
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def default_tile(variant: str, width: int, itemsize: int, arch: int) -> Tile:
+    widest = min(w for size, w in FLASH if size == itemsize and width <= w)
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    return EXCEPTIONS.get((known, variant, itemsize, widest), FLASH[itemsize, widest][variant])
+
+
+def shipped() -> Iterator[tuple[int, str, int, int, Tile]]:
+    """(architecture, variant, bytes, widest rows, tile) of every configuration of the flash form."""
+    for arch in ARCHITECTURES:
+        for (itemsize, widest), variants in FLASH.items():
+            for variant in variants:
+                yield arch, variant, itemsize, widest, default_tile(variant, widest, itemsize, arch)
+
+
+def chunk(device: torch.device) -> tuple[int, int]:
+    """The chunked form's tile."""
+    rows, cols = chosen(device).get("chunk", CHUNK)
+    return rows, cols
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -51,6 +120,60 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or tf32 else "tf32x3"
 
 
-# Chunked form: rows and columns of a tile of logits, and of a block of the epilogues.
-CHUNK = (2048, 4096)
-EPILOGUE = Tile(64, 128, 4, 1)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# What `sslfast tune` has measured on this card.
+
+
+def cache_path(device: torch.device) -> Path:
+    root = os.environ.get("SSLFAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sslfast"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return Path(root).expanduser() / f"tuning-{name}.json"
+
+
+def chosen(device: torch.device) -> dict:
+    """Measured choices by key; empty without any."""
+    return _read(device) if device.type == "cuda" else {}
+
+
+@functools.lru_cache
+def _read(device: torch.device) -> dict:
+    path = cache_path(device)
+    try:
+        found = json.loads(path.read_text())["choices"]
+        for key, value in found.items():
+            name, _, itemsize = (key + "//").split("/")[:3]
+            good = value in ("flash", "chunked") if name == "form" else all(type(x) is int and x > 0 for x in value)
+            if not good or (name in VARIANTS and (len(value) != 4 or any(PADDING % x for x in value[:2]))):
+                raise ValueError(f"{key}: {value}")
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is not a file of sslfast tune ({error}); the built-in choices serve", stacklevel=2)
+        return {}
+
+
+def keep(device: torch.device, choices: dict) -> Path:
+    """Writes measured choices, beside those of other shapes, and makes them take effect."""
+    path = cache_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"device": torch.cuda.get_device_name(device), "choices": {**_read(device), **choices}}
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(whole, indent=1) + "\n")
+    part.replace(path)
+    _read.cache_clear()
+    return path
+
+
+def _key(name: str, width: int, itemsize: int) -> str:
+    return f"{name}/{width}/{itemsize}"

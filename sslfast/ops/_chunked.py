@@ -18,8 +18,6 @@ ROWS = 128  # rows per program of the kernels that treat rows alone
 class GpuTiles:
     """Tiles of one call: see `_blocked.Tiles`; arguments as `_flash.Problem`."""
 
-    tile_rows, tile_cols = tuning.CHUNK
-
     def __init__(
         self, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None,
         b_ids: Tensor | None, same: bool, g: Tensor | None = None, h: Tensor | None = None,
@@ -29,6 +27,7 @@ class GpuTiles:
         self.a, self.b = a, a if b is None else b
         (self.m, self.dim), self.n = a.shape, self.b.shape[0]
         self.is_self, self.symmetric = b is None, b is None and bias is None
+        self.tile_rows, self.tile_cols = tuning.chunk(a.device)
         rows, cols = min(self.tile_rows, self.m), min(max(self.tile_rows, self.tile_cols), self.n)
         self._buffer = scale.new_empty(rows * cols)
         self._weights = a.new_empty(0 if a.dtype == torch.float32 else rows * cols)

@@ -1,0 +1,326 @@
+"""What the compiler says of every shipped configuration of the Triton kernels, without a GPU.
+
+For each kernel, dtype, width and architecture: registers, stack, spills, shared memory, matrix instructions, powers per
+tile and resulting occupancy, read from the machine code. Then a predicted time per case, from the instructions of the
+innermost loop and published rates of the units, saved as JSON (--json-out) to be held against a measurement.
+
+    python benchmarks/static_gpu.py --json-out benchmarks/results/static.json
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import tyro
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sslfast.kernels import similarity_lse, similarity_lse_tiles, tuning
+
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block (CUDA C programming guide)
+SHARED_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB per multiprocessor
+THREADS_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+STACK_LIMIT = 512  # bytes; a few addresses spilled once are harmless, an accumulator in local memory is not
+
+# Published rates: multiprocessors, clock in GHz, dense bfloat16 FLOP per clock and multiprocessor (float32 sums).
+CARDS = {
+    80: ("A100 SXM", 108, 1.41, 2048),
+    86: ("RTX 3090", 82, 1.695, 512),
+    89: ("RTX 4090", 128, 2.52, 512),
+    90: ("H100 SXM", 132, 1.83, 4096),
+    100: ("B200", 148, 1.85, 8192),
+    120: ("RTX 5090", 170, 2.41, 512),
+}
+POWERS_PER_CLOCK, ISSUES_PER_CLOCK = 16, 4  # MUFU lanes, and warp instructions, per multiprocessor
+
+_MASKS = {"IDS": True, "SAME": False}
+_SYMMETRIC = {"TWO": False, "SELF": True, **_MASKS}
+_TWO_SIDED = {"TWO": True, "SELF": False, **_MASKS}
+_GRAD = {"H": False, "X_BIASED": False, "Y_BIASED": False, "DBIAS": False, "X_TERM": True, "Y_TERM": True}
+# Each variant as the losses call it, and with all there is.
+KERNELS: dict[str, tuple[str, object, dict]] = {
+    "sums: NT-Xent": ("sums", similarity_lse.sums, {**_SYMMETRIC, "UPPER": True, "BOTH": True, "BIASED": False}),
+    "sums: rows, columns, bias": (
+        "sums", similarity_lse.sums, {**_TWO_SIDED, "UPPER": False, "BOTH": True, "BIASED": True},
+    ),
+    "attend: bias": ("attend", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": False, "MEAN": False, "BIASED": True}),
+    "expect: MoCo": ("expect", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": True, "MEAN": True, "BIASED": True}),
+    "grad: NT-Xent": ("grad", similarity_lse.grad, {**_SYMMETRIC, **_GRAD, "DSCALE": False}),
+    "grad: a, rows, columns, bias": (
+        "grad", similarity_lse.grad, {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": True, "Y_BIASED": True},
+    ),
+    "grad: b, rows, columns, bias": (
+        "grad", similarity_lse.grad, {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": False, "X_BIASED": True, "DBIAS": True},
+    ),
+}  # fmt: skip
+_TILES = {**_TWO_SIDED, "BIASED": True}
+EPILOGUES: dict[str, tuple[object, dict]] = {
+    "tile_sums": (similarity_lse_tiles.tile_sums, {**_TILES, "COLS": True}),
+    "tile_weights": (similarity_lse_tiles.tile_weights, {**_TILES, "C_TERM": True, "DBIAS": False, "GAIN": 0}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One kernel to compile: `flags` are its constants beyond the tile."""
+
+    name: str
+    arch: int
+    dtype: str
+    width: int
+    tile: tuning.Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Of one compiled kernel. spills: instructions that move registers to or from local memory. The counts of `loop` are
+    those of one pass through the innermost loop with matrix instructions (or all, without one), less what only a masked
+    tile executes."""
+
+    job: Job
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    matrix: int
+    blocks_per_sm: int
+    loop: dict[str, int]
+
+    @property
+    def powers_per_tile(self) -> int:
+        return self.loop["powers"] * 32 * self.job.tile.warps
+
+
+def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[Job]:
+    found = []
+    for arch, variant, itemsize, width, tile in tuning.shipped():
+        for dtype in dtypes:
+            twin = quick and dtype == "fp16" and width > 128
+            if arch in archs and DTYPES[dtype] == itemsize and not twin:
+                found += [Job(name, arch, dtype, width, tile) for name, (v, *_) in KERNELS.items() if v == variant]
+    return found + [
+        Job(name, arch, dtype, 0, tuning.EPILOGUE)
+        for name in EPILOGUES
+        for arch in archs
+        for dtype in dtypes
+        if not (quick and dtype == "fp16")
+    ]
+
+
+def compiled(job: Job):
+    """The kernel as Triton compiles it for a call with aligned rows."""
+    if job.name in EPILOGUES:
+        function, flags = EPILOGUES[job.name]
+        flags = {**flags, "R": job.tile.x, "C": job.tile.y}
+    else:
+        _, function, flags = KERNELS[job.name]
+        flags = {**flags, "X": job.tile.x, "Y": job.tile.y, "D": job.width}
+        flags["PRECISION"] = "tf32x3" if job.dtype == "fp32" else "tf32"
+        if "X_TERM" in flags:
+            flags["GAIN"] = 14 if job.dtype == "fp16" else 0
+    signature, aligned = {}, {}
+    rows = {"x_ptr", "y_ptr", "dx_ptr"} | ({"out_ptr"} if job.name in EPILOGUES else set())
+    for i, name in enumerate(function.arg_names):
+        if name in flags:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.endswith("_ptr")
+        kind = "i64" if "ids" in name or "ranges" in name else job.dtype if name in rows else "fp32"
+        signature[name] = f"*{kind}" if pointer else "i32"
+        if pointer or name.endswith(("padded", "span", "tile_stride")) or name == "dim":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constexprs=flags, attrs=aligned)
+    options = {"num_warps": job.tile.warps, "num_stages": job.tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def report(job: Job) -> Report:
+    kernel = compiled(job)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(cubin))
+        sass = _run("nvdisasm", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    threads = 32 * job.tile.warps
+    instructions, labels = _parse(sass)
+    granted = -(-registers // 8) * 8 * threads
+    shared = kernel.metadata.shared
+    blocks = min(
+        65536 // granted, SHARED_SM[job.arch] * 1024 // (shared + 1024), THREADS_SM[job.arch] // threads,
+    )  # fmt: skip
+    return Report(
+        job, registers, stack, sum(_is(x, "LDL", "STL") for x in instructions), shared,
+        sum("MMA" in x for x in instructions), blocks, _loop(instructions, labels),
+    )  # fmt: skip
+
+
+@lru_cache
+def _tool(name: str) -> str:
+    found = [str(path) for path in Path(triton.__file__).parent.rglob(name) if os.access(path, os.X_OK)]
+    if not found:
+        raise FileNotFoundError(f"{name}: expected in triton's package")
+    return found[0]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_tool(tool), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _parse(sass: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions in order, and the index at which each label stands."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    return instructions, labels
+
+
+def _is(instruction: str, *names: str) -> bool:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0] in names
+
+
+def _target(instruction: str, labels: dict[str, int]) -> int | None:
+    found = re.search(r"\bBRA\b.*\.(L_\w+)", instruction)
+    return labels.get(found[1]) if found else None
+
+
+def _loop(instructions: list[str], labels: dict[str, int]) -> dict[str, int]:
+    """Of the first innermost loop with matrix instructions: the safe range's. A branch forward over many instructions
+    skips what masks a tile."""
+    loops = [(t, i) for i, x in enumerate(instructions) if (t := _target(x, labels)) is not None and t <= i]
+    loops = [(a, b) for a, b in loops if any("MMA" in x for x in instructions[a : b + 1])]
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    first, last = min(inner) if inner else (0, len(instructions) - 1)
+    skipped: set[int] = set()
+    for i in range(first, last + 1):
+        target = _target(instructions[i], labels)
+        if inner and target is not None and i + 60 < target <= last:
+            skipped |= set(range(i + 1, target))
+    hot = [instructions[i] for i in range(first, last + 1) if i not in skipped]
+    return {"instructions": len(hot), "powers": sum("MUFU.EX2" in x for x in hot), "matrix": sum("MMA" in x for x in hot)}
+
+
+def problems(r: Report) -> list[str]:
+    """What a shipped configuration may not have."""
+    what = f"{r.job.name} sm_{r.job.arch} {r.job.dtype} D={r.job.width} {r.job.tile}"
+    flash16 = r.job.dtype != "fp32" and 0 < r.job.width <= 128
+    found = []
+    if flash16 and (r.spills or r.stack):
+        found.append(f"{what}: {r.spills} spills, {r.stack} bytes of stack")
+    if r.stack > STACK_LIMIT:
+        found.append(f"{what}: {r.stack} bytes of stack, more than {STACK_LIMIT}")
+    if r.shared > SHARED_LIMIT[r.job.arch] * 1024:
+        found.append(f"{what}: {r.shared} bytes of shared memory, more than {SHARED_LIMIT[r.job.arch]} KiB")
+    if r.job.width and r.job.dtype != "fp32" and not r.matrix:
+        found.append(f"{what}: no matrix instruction")
+    if not r.blocks_per_sm:
+        found.append(f"{what}: does not fit a multiprocessor")
+    return found
+
+
+def tile_clocks(r: Report, products: int) -> float:
+    """Clocks per tile and multiprocessor: the busiest unit, or where too few programs share one to overlap its units,
+    their sum over the programs."""
+    tile, per_clock = r.job.tile, CARDS[r.job.arch][3]
+    matrix = products * 2 * tile.x * tile.y * r.job.width / per_clock
+    others = max(
+        r.powers_per_tile / POWERS_PER_CLOCK, r.loop["instructions"] * tile.warps / ISSUES_PER_CLOCK
+    )  # fmt: skip
+    return max(matrix, others, (matrix + others) / r.blocks_per_sm)
+
+
+# name, [(kernel, rows of x, rows of y, share of the matrix computed, products per tile)], D, passes of the floor
+CASES = [
+    ("NT-Xent 32768 pairs, D=128", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 65536, 65536, 128, 2.5),
+    ("NT-Xent 32768 pairs, D=256", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 65536, 65536, 256, 2.5),
+    ("NT-Xent 4096 pairs, D=128", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 8192, 8192, 128, 2.5),
+    ("MoCo 4096 x 65536, D=128", [("expect: MoCo", 1.0, 2)], 4096, 65536, 128, 2.0),
+]
+
+
+def predict(reports: list[Report], dtype: str = "bf16") -> list[dict]:
+    rows = []
+    for arch in sorted({r.job.arch for r in reports}):
+        card, sms, ghz, per_clock = CARDS[arch]
+        for name, kernels, m, n, d, passes in CASES:
+            clocks = 0.0
+            for kernel, share, products in kernels:
+                match = [r for r in reports if (r.job.name, r.job.arch, r.job.dtype, r.job.width) == (kernel, arch, dtype, d)]
+                if not match:
+                    break
+                tiles = share * m * n / (match[0].job.tile.x * match[0].job.tile.y)
+                clocks += tiles * tile_clocks(match[0], products) / sms
+            else:
+                floor = passes * 2 * m * n * d / (sms * ghz * 1e9 * per_clock)
+                ms = clocks / (ghz * 1e9) * 1e3
+                rows.append(
+                    {"case": name, "arch": arch, "card": card, "dtype": dtype, "ms": ms, "floor_ms": floor * 1e3,
+                     "times_floor": ms / (floor * 1e3)}
+                )  # fmt: skip
+    return rows
+
+
+def show(reports: list[Report], rows: list[dict]) -> None:
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':30} {'arch':>6} {'dtype':>5} {'D':>4} {'tile':>15} {'regs':>5} {'stack':>5} {'spills':>6} {'shared':>7} "
+          f"{'matrix':>6} {'powers':>6} {'instr':>6} {'blocks/SM':>9}")  # fmt: skip
+    for r in reports:
+        j = r.job
+        tile = f"{j.tile.x}x{j.tile.y} {j.tile.warps}w {j.tile.stages}s"
+        print(f"{j.name:30} sm_{j.arch:<3} {j.dtype:>5} {j.width:>4} {tile:>15} {r.registers:>5} {r.stack:>5} {r.spills:>6} "
+              f"{r.shared:>7} {r.loop['matrix']:>6} {r.powers_per_tile:>6} {r.loop['instructions']:>6} {r.blocks_per_sm:>9}")  # fmt: skip
+    print("\npredicted, forward + backward, from published rates: not a measurement")
+    for row in rows:
+        print(f"{row['case']:28} {row['card']:9} {row['ms']:9.2f} ms, {row['times_floor']:.2f} times the floor")
+
+
+def main(
+    json_out: Path | None = None,
+    archs: tuple[int, ...] = (80, 86, 90, 100, 120),
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32"),
+    quick: bool = False,
+) -> None:
+    """
+    Args:
+        json_out: where to write reports and predictions.
+        archs: compute capabilities times ten.
+        dtypes: of the rows.
+        quick: leave out fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion.
+    """
+    # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        reports = list(pool.map(report, jobs(archs, dtypes, quick), chunksize=4))
+    rows = predict(reports)
+    show(reports, rows)
+    if json_out:
+        results = {
+            "triton": triton.__version__, "torch": torch.__version__, "cards": CARDS, "predictions": rows,
+            "kernels": [{**dataclasses.asdict(r), "powers_per_tile": r.powers_per_tile} for r in reports],
+        }  # fmt: skip
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps(results, indent=1) + "\n")
+    wrong = [problem for r in reports for problem in problems(r)]
+    if wrong:
+        sys.exit("\n".join(["", "not fit to ship:", *wrong]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,104 @@
+"""The compiler's report of every shipped configuration of the Triton kernels: what none of them may have."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "static_gpu.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("static") / "static.json"
+    env = {**os.environ, "TRITON_CACHE_DIR": str(out.parent / "cache")}
+    command = [sys.executable, SCRIPT, "--quick", "--json-out", out]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def static_gpu():
+    before = os.environ.get("TRITON_INTERPRET")
+    spec = importlib.util.spec_from_file_location("static_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["static_gpu"] = module
+    spec.loader.exec_module(module)
+    if before is not None:  # the script compiles; tests interpret
+        os.environ["TRITON_INTERPRET"] = before
+    return module
+
+
+def test_every_configuration_is_fit_to_ship(results):
+    """No spill in 16-bit kernels at D <= 128, no large stack, shared memory that fits, matrix instructions."""
+    kernels = results["kernels"]
+    assert {k["job"]["arch"] for k in kernels} == {80, 86, 90, 100, 120}
+    assert {k["job"]["dtype"] for k in kernels} == {"bf16", "fp16", "fp32"}
+    assert len(kernels) > 140
+    for k in kernels:
+        job = k["job"]
+        if job["dtype"] != "fp32" and 0 < job["width"] <= 128:
+            assert k["spills"] == k["stack"] == 0 and k["matrix"] > 0, job
+
+
+def test_one_power_per_pair_serves_both_directions(results):
+    seen = 0
+    for k in results["kernels"]:
+        job = k["job"]
+        if job["arch"] == 100:
+            continue  # the loop is unrolled there
+        if job["name"] in ("sums: NT-Xent", "grad: NT-Xent"):
+            assert k["powers_per_tile"] == job["tile"][0] * job["tile"][1], job
+            seen += 1
+    assert seen >= 16
+
+
+def test_hopper_uses_its_own_matrix_instructions_and_pipelines_loads(static_gpu):
+    job = static_gpu.Job("grad: NT-Xent", 90, "bf16", 128, static_gpu.tuning.Tile(128, 64, 8, 3))
+    sass = _in_subprocess("compiled(job).asm['sass']", job)
+    assert "HGMMA" in sass and "LDGSTS" in sass and "HMMA" not in sass.replace("HGMMA", "")
+
+
+def test_predictions_are_for_every_card_and_above_the_floor(results):
+    rows = results["predictions"]
+    assert {row["arch"] for row in rows} == {80, 86, 90, 100, 120}
+    assert all(row["times_floor"] >= 0.8 and row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"spills": 1}, "1 spills"), ({"stack": 8}, "8 bytes of stack"), ({"stack": 10**4}, "more than 512"),
+        ({"shared": 10**6}, "shared memory"), ({"matrix": 0}, "no matrix instruction"),
+        ({"blocks_per_sm": 0}, "does not fit"),
+    ],
+    ids=["spill", "stack", "large stack", "shared", "matrix", "occupancy"],
+)  # fmt: skip
+def test_what_is_not_fit_to_ship_is_named(static_gpu, change, message):
+    job = static_gpu.Job("grad: NT-Xent", 90, "bf16", 128, static_gpu.tuning.Tile(128, 64, 8, 3))
+    good = static_gpu.Report(job, 200, 0, 0, 80_000, 12, 1, {"instructions": 300, "powers": 32, "matrix": 12})
+    assert not static_gpu.problems(good)
+    assert any(message in problem for problem in static_gpu.problems(dataclasses.replace(good, **change)))
+
+
+def test_a_spilling_configuration_is_found(static_gpu):
+    job = static_gpu.Job("grad: NT-Xent", 80, "bf16", 128, static_gpu.tuning.Tile(128, 128, 4, 2))
+    assert "spills" in _in_subprocess("problems(report(job))", job)
+
+
+def _in_subprocess(expression: str, job) -> str:
+    """A compiling process: this one's Triton interprets."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); from static_gpu import *; "
+        f"job = Job({job.name!r}, {job.arch}, {job.dtype!r}, {job.width}, tuning.{job.tile!r}); print({expression})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
