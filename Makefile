@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test accuracy lint format bench sanitize wheel-check clean
+.PHONY: demo test accuracy lint format bench static gpu sanitize wheel-check clean
 
 demo: $(READY)
 	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
 
+# Triton's interpreter uses one core: those tests run two at a time, one thread each.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not accuracy and not interpreted"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted tests/test_triton.py
 
 accuracy: $(READY)
 	$(BIN)/pytest -m accuracy -s
@@ -29,6 +31,14 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
+
+# Every shipped configuration of the GPU kernels, compiled without a GPU: registers, spills, occupancy, predicted times.
+static: $(READY)
+	$(BIN)/python benchmarks/static_gpu.py --json-out benchmarks/results/static.json
+
+# On a machine with a GPU, with the torch and Triton of $(PYTHON); needs no internet, and takes less than nine minutes.
+gpu:
+	PYTHON=$(PYTHON) bash tests/gpu.sh
 
 # The cases of every op, on every instruction set, with C++ built with AddressSanitizer and UndefinedBehaviorSanitizer.
 # torch.compile starts a compiler of its own, which the preloaded runtime disturbs.
@@ -54,4 +64,4 @@ $(READY): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sslfast/_C*.so
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info sslfast/_C*.so

@@ -1,17 +1,30 @@
 """Drives CMake and Ninja over csrc/ to build sslfast._C. Neither torch nor nvcc is needed at build time."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent.resolve() / "csrc"
+
+
+def pybind11_option() -> str:
+    """Where pybind11 is: its package or, without one (no build isolation), the headers inside torch."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        torch = importlib.util.find_spec("torch")
+        include = Path(torch.origin).parent / "include" if torch and torch.origin else None
+        if include is None or not (include / "pybind11" / "pybind11.h").exists():
+            raise
+        return f"-DSSLFAST_PYBIND11_INCLUDE={include}"
+    return f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
 
 
 class CMakeBuild(build_ext):
@@ -25,7 +38,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(SOURCE), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            pybind11_option(),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
             *options.split(),
         ]  # fmt: skip

@@ -1,8 +1,9 @@
 """What the compiler says of every shipped configuration of the Triton kernels, without a GPU.
 
-For each kernel, dtype, width and architecture: registers, stack, spills, shared memory, matrix instructions, powers per
-tile and resulting occupancy, read from the machine code. Then a predicted time per case, from the instructions of the
-innermost loop and published rates of the units, saved as JSON (--json-out) to be held against a measurement.
+For each kernel, dtype, width and architecture: registers, stack, spills, shared memory, matrix instructions,
+powers per tile and resulting occupancy, read from the machine code. Then a predicted time per case, from the
+instructions of the innermost loop and published rates of the units, saved as JSON (--json-out) to be held
+against a measurement.
 
     python benchmarks/static_gpu.py --json-out benchmarks/results/static.json
 """
@@ -23,18 +24,25 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import tyro
+from sslfast.kernels import similarity_lse, similarity_lse_tiles, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sslfast.kernels import similarity_lse, similarity_lse_tiles, tuning
-
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block (CUDA C programming guide)
+SHARED_LIMIT = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # KiB per block (CUDA C programming guide)
 SHARED_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB per multiprocessor
 THREADS_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 STACK_LIMIT = 512  # bytes; a few addresses spilled once are harmless, an accumulator in local memory is not
 
-# Published rates: multiprocessors, clock in GHz, dense bfloat16 FLOP per clock and multiprocessor (float32 sums).
+# Published rates: multiprocessors, clock in GHz, dense bfloat16 FLOP per clock and multiprocessor (float32
+# sums).
 CARDS = {
     80: ("A100 SXM", 108, 1.41, 2048),
     86: ("RTX 3090", 82, 1.695, 512),
@@ -51,24 +59,34 @@ _TWO_SIDED = {"TWO": True, "SELF": False, **_MASKS}
 _GRAD = {"H": False, "X_BIASED": False, "Y_BIASED": False, "DBIAS": False, "X_TERM": True, "Y_TERM": True}
 # Each variant as the losses call it, and with all there is.
 KERNELS: dict[str, tuple[str, object, dict]] = {
-    "sums: NT-Xent": ("sums", similarity_lse.sums, {**_SYMMETRIC, "UPPER": True, "BOTH": True, "BIASED": False}),
+    "sums: NT-Xent": (
+        "sums", similarity_lse.sums, {**_SYMMETRIC, "UPPER": True, "BOTH": True, "BIASED": False},
+    ),
     "sums: rows, columns, bias": (
         "sums", similarity_lse.sums, {**_TWO_SIDED, "UPPER": False, "BOTH": True, "BIASED": True},
     ),
-    "attend: bias": ("attend", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": False, "MEAN": False, "BIASED": True}),
-    "expect: MoCo": ("expect", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": True, "MEAN": True, "BIASED": True}),
+    "attend: bias": (
+        "attend", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": False, "MEAN": False, "BIASED": True},
+    ),
+    "expect: MoCo": (
+        "expect", similarity_lse.attend, {**_TWO_SIDED, "ALWAYS": True, "MEAN": True, "BIASED": True},
+    ),
     "grad: NT-Xent": ("grad", similarity_lse.grad, {**_SYMMETRIC, **_GRAD, "DSCALE": False}),
     "grad: a, rows, columns, bias": (
         "grad", similarity_lse.grad, {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": True, "Y_BIASED": True},
     ),
     "grad: b, rows, columns, bias": (
-        "grad", similarity_lse.grad, {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": False, "X_BIASED": True, "DBIAS": True},
+        "grad", similarity_lse.grad,
+        {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": False, "X_BIASED": True, "DBIAS": True},
     ),
 }  # fmt: skip
 _TILES = {**_TWO_SIDED, "BIASED": True}
 EPILOGUES: dict[str, tuple[object, dict]] = {
     "tile_sums": (similarity_lse_tiles.tile_sums, {**_TILES, "COLS": True}),
-    "tile_weights": (similarity_lse_tiles.tile_weights, {**_TILES, "C_TERM": True, "DBIAS": False, "GAIN": 0}),
+    "tile_weights": (
+        similarity_lse_tiles.tile_weights,
+        {**_TILES, "C_TERM": True, "DBIAS": False, "GAIN": 0},
+    ),
 }
 
 
@@ -85,8 +103,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Of one compiled kernel. spills: instructions that move registers to or from local memory. The counts of `loop` are
-    those of one pass through the innermost loop with matrix instructions (or all, without one), less what only a masked
+    """Of one compiled kernel. spills: instructions that move registers to or from local memory. The counts of
+    `loop` are those of one pass through the innermost loop with matrix instructions (or all, without one),
+    less what only a masked
     tile executes."""
 
     job: Job
@@ -109,7 +128,9 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
         for dtype in dtypes:
             twin = quick and dtype == "fp16" and width > 128
             if arch in archs and DTYPES[dtype] == itemsize and not twin:
-                found += [Job(name, arch, dtype, width, tile) for name, (v, *_) in KERNELS.items() if v == variant]
+                found += [
+                    Job(name, arch, dtype, width, tile) for name, (v, *_) in KERNELS.items() if v == variant
+                ]
     return found + [
         Job(name, arch, dtype, 0, tuning.EPILOGUE)
         for name in EPILOGUES
@@ -165,7 +186,7 @@ def report(job: Job) -> Report:
     )  # fmt: skip
     return Report(
         job, registers, stack, sum(_is(x, "LDL", "STL") for x in instructions), shared,
-        sum("MMA" in x for x in instructions), blocks, _loop(instructions, labels),
+        sum(map(_multiplies, instructions)), blocks, _loop(instructions, labels),
     )  # fmt: skip
 
 
@@ -197,16 +218,22 @@ def _is(instruction: str, *names: str) -> bool:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0] in names
 
 
+def _multiplies(instruction: str) -> bool:
+    """Whether it is a matrix instruction: of Ampere and consumer cards, of Hopper, of B200."""
+    return re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", instruction) is not None
+
+
 def _target(instruction: str, labels: dict[str, int]) -> int | None:
     found = re.search(r"\bBRA\b.*\.(L_\w+)", instruction)
     return labels.get(found[1]) if found else None
 
 
 def _loop(instructions: list[str], labels: dict[str, int]) -> dict[str, int]:
-    """Of the first innermost loop with matrix instructions: the safe range's. A branch forward over many instructions
+    """Of the first innermost loop with matrix instructions: the safe range's. A branch forward over many
+    instructions
     skips what masks a tile."""
     loops = [(t, i) for i, x in enumerate(instructions) if (t := _target(x, labels)) is not None and t <= i]
-    loops = [(a, b) for a, b in loops if any("MMA" in x for x in instructions[a : b + 1])]
+    loops = [(a, b) for a, b in loops if any(map(_multiplies, instructions[a : b + 1]))]
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     first, last = min(inner) if inner else (0, len(instructions) - 1)
     skipped: set[int] = set()
@@ -215,7 +242,11 @@ def _loop(instructions: list[str], labels: dict[str, int]) -> dict[str, int]:
         if inner and target is not None and i + 60 < target <= last:
             skipped |= set(range(i + 1, target))
     hot = [instructions[i] for i in range(first, last + 1) if i not in skipped]
-    return {"instructions": len(hot), "powers": sum("MUFU.EX2" in x for x in hot), "matrix": sum("MMA" in x for x in hot)}
+    return {
+        "instructions": len(hot),
+        "powers": sum("MUFU.EX2" in x for x in hot),
+        "matrix": sum(map(_multiplies, hot)),
+    }
 
 
 def problems(r: Report) -> list[str]:
@@ -237,7 +268,8 @@ def problems(r: Report) -> list[str]:
 
 
 def tile_clocks(r: Report, products: int) -> float:
-    """Clocks per tile and multiprocessor: the busiest unit, or where too few programs share one to overlap its units,
+    """Clocks per tile and multiprocessor: the busiest unit, or where too few programs share one to overlap
+    its units,
     their sum over the programs."""
     tile, per_clock = r.job.tile, CARDS[r.job.arch][3]
     matrix = products * 2 * tile.x * tile.y * r.job.width / per_clock
@@ -247,11 +279,33 @@ def tile_clocks(r: Report, products: int) -> float:
     return max(matrix, others, (matrix + others) / r.blocks_per_sm)
 
 
-# name, [(kernel, rows of x, rows of y, share of the matrix computed, products per tile)], D, passes of the floor
+# name, [(kernel, rows of x, rows of y, share of the matrix computed, products per tile)], D, passes of the
+# floor
 CASES = [
-    ("NT-Xent 32768 pairs, D=128", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 65536, 65536, 128, 2.5),
-    ("NT-Xent 32768 pairs, D=256", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 65536, 65536, 256, 2.5),
-    ("NT-Xent 4096 pairs, D=128", [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)], 8192, 8192, 128, 2.5),
+    (
+        "NT-Xent 32768 pairs, D=128",
+        [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)],
+        65536,
+        65536,
+        128,
+        2.5,
+    ),
+    (
+        "NT-Xent 32768 pairs, D=256",
+        [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)],
+        65536,
+        65536,
+        256,
+        2.5,
+    ),
+    (
+        "NT-Xent 4096 pairs, D=128",
+        [("sums: NT-Xent", 0.5, 1), ("grad: NT-Xent", 1.0, 2)],
+        8192,
+        8192,
+        128,
+        2.5,
+    ),
     ("MoCo 4096 x 65536, D=128", [("expect: MoCo", 1.0, 2)], 4096, 65536, 128, 2.0),
 ]
 
@@ -263,7 +317,11 @@ def predict(reports: list[Report], dtype: str = "bf16") -> list[dict]:
         for name, kernels, m, n, d, passes in CASES:
             clocks = 0.0
             for kernel, share, products in kernels:
-                match = [r for r in reports if (r.job.name, r.job.arch, r.job.dtype, r.job.width) == (kernel, arch, dtype, d)]
+                match = [
+                    r
+                    for r in reports
+                    if (r.job.name, r.job.arch, r.job.dtype, r.job.width) == (kernel, arch, dtype, d)
+                ]
                 if not match:
                     break
                 tiles = share * m * n / (match[0].job.tile.x * match[0].job.tile.y)
@@ -271,25 +329,30 @@ def predict(reports: list[Report], dtype: str = "bf16") -> list[dict]:
             else:
                 floor = passes * 2 * m * n * d / (sms * ghz * 1e9 * per_clock)
                 ms = clocks / (ghz * 1e9) * 1e3
-                rows.append(
-                    {"case": name, "arch": arch, "card": card, "dtype": dtype, "ms": ms, "floor_ms": floor * 1e3,
-                     "times_floor": ms / (floor * 1e3)}
-                )  # fmt: skip
+                found = {"case": name, "arch": arch, "card": card, "dtype": dtype}
+                rows.append({**found, "ms": ms, "floor_ms": floor * 1e3, "times_floor": ms / (floor * 1e3)})
     return rows
 
 
 def show(reports: list[Report], rows: list[dict]) -> None:
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':30} {'arch':>6} {'dtype':>5} {'D':>4} {'tile':>15} {'regs':>5} {'stack':>5} {'spills':>6} {'shared':>7} "
-          f"{'matrix':>6} {'powers':>6} {'instr':>6} {'blocks/SM':>9}")  # fmt: skip
+    layout = "{:30}{:>7}{:>6}{:>5}{:>14}{:>6}{:>6}{:>7}{:>8}{:>7}{:>7}{:>6}{:>10}"
+    print(layout.format(
+        "kernel", "arch", "dtype", "D", "tile", "regs", "stack", "spills", "shared", "matrix", "powers", "instr",
+        "blocks/SM",
+    ))  # fmt: skip
     for r in reports:
         j = r.job
         tile = f"{j.tile.x}x{j.tile.y} {j.tile.warps}w {j.tile.stages}s"
-        print(f"{j.name:30} sm_{j.arch:<3} {j.dtype:>5} {j.width:>4} {tile:>15} {r.registers:>5} {r.stack:>5} {r.spills:>6} "
-              f"{r.shared:>7} {r.loop['matrix']:>6} {r.powers_per_tile:>6} {r.loop['instructions']:>6} {r.blocks_per_sm:>9}")  # fmt: skip
+        print(layout.format(
+            j.name, f"sm_{j.arch}", j.dtype, j.width, tile, r.registers, r.stack, r.spills, r.shared,
+            r.loop["matrix"], r.powers_per_tile, r.loop["instructions"], r.blocks_per_sm,
+        ))  # fmt: skip
     print("\npredicted, forward + backward, from published rates: not a measurement")
     for row in rows:
-        print(f"{row['case']:28} {row['card']:9} {row['ms']:9.2f} ms, {row['times_floor']:.2f} times the floor")
+        print(
+            f"{row['case']:28} {row['card']:9} {row['ms']:9.2f} ms, {row['times_floor']:.2f} times the floor"
+        )
 
 
 def main(

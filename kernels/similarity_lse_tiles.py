@@ -1,18 +1,27 @@
-"""Triton epilogues of `similarity_lse`'s chunked form: a library's matrix product leaves a tile of <a_i, b_j> in float32
-in the L2 cache, and these reduce it to sums (forward) or turn it into gradient weights (backward).
+"""Triton epilogues of `similarity_lse`'s chunked form: a library's matrix product leaves a tile of <a_i, b_j>
+in float32 in the L2 cache, and these reduce it to sums (forward) or turn it into gradient weights (backward).
 
 Base-2 logits, range and upstream unit as in kernels/similarity_lse.py, whose `pack` and `weights` come first.
 """
 
 import triton
 import triton.language as tl
-
-from sslfast.kernels.similarity_lse import LN2, _allowed, _bound, _id_range, _or_zero, _to, _upstream_unit
+from sslfast.kernels.similarity_lse_rows import (
+    LN2,
+    _allowed,
+    _bound,
+    _id_range,
+    _or_zero,
+    _to,
+    _upstream_unit,
+)
 
 
 @triton.jit
-def _touched(r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_ptr,
-             SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _touched(
+    r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_ptr,
+    SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Whether a block of the matrix holds pairs that do not count. Its corner is a multiple of GROUP."""
     touched = (r0 + R > r_end) | (c0 + C > c_end)
     if SELF:
@@ -29,13 +38,13 @@ def _touched(r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_pt
 
 @triton.jit
 def tile_sums(
-    tile_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr, a_ranges_ptr,
-    b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, row_ptr, row_slot, col_ptr, col_slot,
+    tile_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr,
+    a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, row_ptr, row_slot, col_ptr, col_slot,
     TWO: tl.constexpr, COLS: tl.constexpr, SELF: tl.constexpr, BIASED: tl.constexpr, IDS: tl.constexpr,
     SAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, row blocks) of the tile. Each leaves (max, sum) per row in row [2, column block, row_slot] and
-    per column in col [2, row block, col_slot]; in the safe range every maximum is 0."""
+    """Grid (column blocks, row blocks) of the tile. Each leaves (max, sum) per row in row [2, column block,
+    row_slot] and per column in col [2, row block, col_slot]; in the safe range every maximum is 0."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
     ri, ci = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
     r0, c0 = r_first + tl.program_id(1) * R, c_first + tl.program_id(0) * C
@@ -88,10 +97,11 @@ def _fold(top_ptr, total_ptr, part_ptr, part_slot, parts, i, count):
 
 @triton.jit
 def tile_merge(
-    row_top_ptr, row_total_ptr, row_ptr, row_slot, row_parts, rows, row_programs, col_top_ptr, col_total_ptr, col_ptr,
-    col_slot, col_parts, cols, ROWS: tl.constexpr,
+    row_top_ptr, row_total_ptr, row_ptr, row_slot, row_parts, rows, row_programs, col_top_ptr, col_total_ptr,
+    col_ptr, col_slot, col_parts, cols, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's sums to those of the rows (the first row_programs programs) and of the columns (the others)."""
+    """Adds a tile's sums to those of the rows (the first row_programs programs) and of the columns (the
+    others)."""
     p = tl.program_id(0)
     i = tl.arange(0, ROWS)
     if p < row_programs:
@@ -111,13 +121,13 @@ def tile_lse(out_ptr, top_ptr, total_ptr, rows, ROWS: tl.constexpr):
 @triton.jit
 def tile_weights(
     tile_ptr, out_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr,
-    a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, r_coef_ptr, r_lse_ptr, c_coef_ptr, c_lse_ptr,
-    dbias_ptr, col_slot,
-    TWO: tl.constexpr, C_TERM: tl.constexpr, DBIAS: tl.constexpr, SELF: tl.constexpr, BIASED: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, GAIN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, r_coef_ptr, r_lse_ptr, c_coef_ptr,
+    c_lse_ptr, dbias_ptr, col_slot, TWO: tl.constexpr, C_TERM: tl.constexpr, DBIAS: tl.constexpr,
+    SELF: tl.constexpr, BIASED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, GAIN: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `tile_sums`. out (may be the tile) = G = coef_r 2^(t - lse_r) + coef_c 2^(t - lse_c), 2^GAIN times as large;
-    dbias [row block, col_slot]: its sums over rows."""
+    """Grid as `tile_sums`. out (may be the tile) = G = coef_r 2^(t - lse_r) + coef_c 2^(t - lse_c), 2^GAIN
+    times as large; dbias [row block, col_slot]: its sums over rows."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
     ri, ci = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
     r0, c0 = r_first + tl.program_id(1) * R, c_first + tl.program_id(0) * C

@@ -32,9 +32,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Flash form, by (bytes of the dtype, widest rows): no configuration of 16-bit rows spills a register on any of the
-# architectures, and all fit the 99 KiB of shared memory of the consumer cards among them (benchmarks/static_gpu.py).
-# float32 on tensor cores needs three times the operands in registers, hence small tiles and narrow rows.
+# Flash form, by (bytes of the dtype, widest rows): no configuration of 16-bit rows spills a register on any
+# of the architectures, and all fit the 99 KiB of shared memory of the consumer cards among them
+# (benchmarks/static_gpu.py). float32 on tensor cores needs three times the operands in registers, hence small
+# tiles and narrow rows.
 FLASH: dict[tuple[int, int], dict[str, Tile]] = {
     (2, 128): dict.fromkeys(VARIANTS, Tile(128, 64, 8, 3)),
     (2, 256): {
@@ -63,11 +64,11 @@ CANDIDATES = (
     Tile(64, 64, 8, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2),
 )  # fmt: skip
 
-# Chunked form: rows and columns of a tile of logits, of which the L2 cache is to hold the float32 and the 16-bit copy;
-# and rows and columns of a block of its epilogues.
+# Chunked form: rows and columns of a tile of logits, of which the L2 cache is to hold the float32 and the
+# 16-bit copy; and rows and columns of a block of its epilogues.
 CHUNK = (2048, 4096)
 CHUNKS = (CHUNK, (1024, 4096), (2048, 2048), (2048, 8192), (4096, 4096))  # tried by `sslfast tune`
-EPILOGUE = Tile(64, 128, 4, 1)
+EPILOGUE = Tile(32, 128, 4, 1)
 
 
 def padded_dim(d: int) -> int:
@@ -84,12 +85,12 @@ def form(d: int, dtype: torch.dtype, device: torch.device) -> str:
     """ "flash" or "chunked"."""
     if not fits(d, dtype.itemsize):
         return "chunked"
-    return str(chosen(device).get(_key("form", padded_dim(d), dtype.itemsize), "flash"))
+    return str(chosen(device).get(key("form", padded_dim(d), dtype.itemsize), "flash"))
 
 
 def tile(variant: str, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The flash form's tile: the user's own measurement, or the table's."""
-    mine = chosen(device).get(_key(variant, width, dtype.itemsize))
+    mine = chosen(device).get(key(variant, width, dtype.itemsize))
     return Tile(*mine) if mine else default_tile(variant, width, dtype.itemsize, architecture(device))
 
 
@@ -140,9 +141,12 @@ def cache_path(device: torch.device) -> Path:
     return Path(root).expanduser() / f"tuning-{name}.json"
 
 
+trial: dict = {}  # choices that `sslfast tune` is trying
+
+
 def chosen(device: torch.device) -> dict:
     """Measured choices by key; empty without any."""
-    return _read(device) if device.type == "cuda" else {}
+    return trial or _read(device) if device.type == "cuda" else trial
 
 
 @functools.lru_cache
@@ -152,14 +156,20 @@ def _read(device: torch.device) -> dict:
         found = json.loads(path.read_text())["choices"]
         for key, value in found.items():
             name, _, itemsize = (key + "//").split("/")[:3]
-            good = value in ("flash", "chunked") if name == "form" else all(type(x) is int and x > 0 for x in value)
+            good = (
+                value in ("flash", "chunked")
+                if name == "form"
+                else all(type(x) is int and x > 0 for x in value)
+            )
             if not good or (name in VARIANTS and (len(value) != 4 or any(PADDING % x for x in value[:2]))):
                 raise ValueError(f"{key}: {value}")
         return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} is not a file of sslfast tune ({error}); the built-in choices serve", stacklevel=2)
+        warnings.warn(
+            f"{path} is not a file of sslfast tune ({error}); the built-in choices serve", stacklevel=2
+        )
         return {}
 
 
@@ -175,5 +185,6 @@ def keep(device: torch.device, choices: dict) -> Path:
     return path
 
 
-def _key(name: str, width: int, itemsize: int) -> str:
+def key(name: str, width: int, itemsize: int) -> str:
+    """Under which a choice is kept."""
     return f"{name}/{width}/{itemsize}"

@@ -15,12 +15,20 @@ def doctor() -> None:
     print(doctor.report())
 
 
+def _tune() -> Callable:
+    from sslfast.tune import tune
+
+    return tune
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. An error in what the user gave is said on stderr with the option's name: exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv == ["doctor"]:  # needs nothing but the library
             return doctor()
+        if argv == ["tune"]:
+            return _tune()()
         _parse_and_run(argv)
     except ModuleNotFoundError as error:
         if error.name not in NEEDS_TRAIN:
@@ -50,7 +58,12 @@ def _parse_and_run(argv: list[str]) -> None:
     if argv[:1] == ["train"]:
         methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
         return
-    commands: dict[str, Callable] = {"train": _list_methods, "eval": _evaluator(), "doctor": doctor}
+    commands: dict[str, Callable] = {
+        "train": _list_methods,
+        "eval": _evaluator(),
+        "tune": _tune(),
+        "doctor": doctor,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, prog="sslfast", args=argv)
 
 

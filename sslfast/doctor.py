@@ -9,6 +9,7 @@ import torch
 
 import sslfast
 import sslfast._C as _C
+from sslfast.kernels import tuning
 from sslfast.ops import _backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,6 +58,10 @@ def _gpus() -> list[str]:
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+        path = tuning.cache_path(torch.device("cuda", index))
+        lines.append(
+            f"  block sizes: {f'measured, {path}' if path.exists() else 'built in (sslfast tune measures)'}"
+        )
     return lines
 
 

@@ -30,9 +30,9 @@ FLOOR = 4.0
 # the truth by this many of the same units, on top of twice the yardstick's difference.
 VECTOR_FLOOR = 16.0
 
-# A backend may round the tile of gradient weights to the inputs' 16-bit dtype before its product, as attention
-# kernels do. That moves each term of a gradient by at most half an eps of itself, independently, so that their sum
-# moves by about 0.3 eps times the root of the sum of their squares, the unit here.
+# A backend may round the tile of gradient weights to the inputs' 16-bit dtype before its product, as
+# attention kernels do. That moves each term of a gradient by at most half an eps of itself, independently, so
+# that their sum moves by about 0.3 eps times the root of the sum of their squares, the unit here.
 TILE_FLOOR = 2.0
 TILE_VECTOR_FLOOR = 1.0
 

@@ -45,7 +45,9 @@ class Guards:
     def new_empty(self, like: Tensor, *size, **options) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         count = shape.numel()
-        buffer = self._new_empty(like, count + 2 * MARGIN, **options).fill_(_poison(options.get("dtype", like.dtype)))
+        buffer = self._new_empty(like, count + 2 * MARGIN, **options).fill_(
+            _poison(options.get("dtype", like.dtype))
+        )
         self.kept.append((buffer, count))
         return buffer[MARGIN : MARGIN + count].view(shape)
 
@@ -54,7 +56,9 @@ class Guards:
         for buffer, count in self.kept:
             around = torch.cat((buffer[:MARGIN], buffer[MARGIN + count :]))
             expected = torch.full_like(around, _poison(around.dtype))
-            assert torch.equal(around.nan_to_num(7.0), expected.nan_to_num(7.0)), "a kernel wrote outside of a buffer"
+            assert torch.equal(around.nan_to_num(7.0), expected.nan_to_num(7.0)), (
+                "a kernel wrote outside of a buffer"
+            )
 
 
 def _poison(dtype: torch.dtype) -> float:

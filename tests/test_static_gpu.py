@@ -37,7 +37,7 @@ def static_gpu():
 
 
 def test_every_configuration_is_fit_to_ship(results):
-    """No spill in 16-bit kernels at D <= 128, no large stack, shared memory that fits, matrix instructions."""
+    """No spill in 16-bit kernels at D <= 128, no large stack, memory that fits, matrix instructions."""
     kernels = results["kernels"]
     assert {k["job"]["arch"] for k in kernels} == {80, 86, 90, 100, 120}
     assert {k["job"]["dtype"] for k in kernels} == {"bf16", "fp16", "fp32"}
@@ -52,12 +52,10 @@ def test_one_power_per_pair_serves_both_directions(results):
     seen = 0
     for k in results["kernels"]:
         job = k["job"]
-        if job["arch"] == 100:
-            continue  # the loop is unrolled there
         if job["name"] in ("sums: NT-Xent", "grad: NT-Xent"):
             assert k["powers_per_tile"] == job["tile"][0] * job["tile"][1], job
             seen += 1
-    assert seen >= 16
+    assert seen >= 40
 
 
 def test_hopper_uses_its_own_matrix_instructions_and_pipelines_loads(static_gpu):
@@ -97,7 +95,8 @@ def _in_subprocess(expression: str, job) -> str:
     """A compiling process: this one's Triton interprets."""
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); from static_gpu import *; "
-        f"job = Job({job.name!r}, {job.arch}, {job.dtype!r}, {job.width}, tuning.{job.tile!r}); print({expression})"
+        f"job = Job({job.name!r}, {job.arch}, {job.dtype!r}, {job.width}, tuning.{job.tile!r}); "
+        f"print({expression})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

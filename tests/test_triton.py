@@ -1,14 +1,19 @@
-"""similarity_lse on Triton's kernels, in its interpreter: flash and chunked form, grids in order and not, guarded
+"""similarity_lse on Triton's kernels, in its interpreter: flash and chunked form, grids in order and not,
+guarded
 buffers. On a GPU, tests/test_backends.py and tests/test_gpu.py run the compiled kernels instead."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from interpreter import grid_order, guarded, inside_nan
+from sslfast.kernels import tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslfast
 from sslfast import similarity_lse
-from sslfast.kernels import tuning
 from sslfast.ops import _backend
 from sslfast.testing import CASES, SimilarityLseCase, assert_close_to_reference, similarity_lse_reference
 
@@ -57,8 +62,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-# (form, dtype, programs in order, logits up to which attend serves alone, of how many cases one is taken). All cases in
-# the dtype whose results say most; fewer, and none of the largest, in the others, which share all but their products.
+# (form, dtype, programs in order, logits up to which attend serves alone, of how many cases one is taken).
+# All cases in the dtype whose results say most; fewer, and none of the largest, in the others, which share
+# all but their products.
 RUNS = [
     ("flash", torch.float32, False, 0, 1),
     ("flash", torch.bfloat16, True, 0, 2),
@@ -84,13 +90,20 @@ def test_case(form, dtype, in_order, small, case, monkeypatch):
     if form == "flash" and not tuning.fits(case.d, dtype.itemsize):
         form = use_form("chunked", monkeypatch, small)
     if form == "chunked" and case.m * (case.n or case.m) > 2**15:
-        monkeypatch.setattr(tuning, "EPILOGUE", tuning.Tile(256, 512, 4, 1))  # fewer blocks for the interpreter
-    inputs = {k: inside_nan(x) if isinstance(x, torch.Tensor) and x.dim() else x for k, x in case.inputs(dtype).items()}
+        monkeypatch.setattr(
+            tuning, "EPILOGUE", tuning.Tile(256, 512, 4, 1)
+        )  # fewer blocks for the interpreter
+    inputs = {
+        k: inside_nan(x) if isinstance(x, torch.Tensor) and x.dim() else x
+        for k, x in case.inputs(dtype).items()
+    }
     with grid_order(not in_order), guarded() if case.m and case.n != 0 else grid_order(not in_order):
         assert_close_to_reference(OP, inputs, rounds_tiles=dtype.itemsize == 2)
 
 
-@pytest.mark.parametrize("name", ["ids of pairs", "self, ids of views", "above a tile", "sorted classes, same"])
+@pytest.mark.parametrize(
+    "name", ["ids of pairs", "self, ids of views", "above a tile", "sorted classes, same"]
+)
 def test_same_bits_whatever_the_order_of_programs(name, form, monkeypatch):
     monkeypatch.setattr(tuning, "chunk", lambda device: (128, 256))
     inputs = BY_NAME[name].inputs(torch.float32)
@@ -172,7 +185,16 @@ def test_no_kernel_that_is_not_needed(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 @pytest.mark.parametrize(
-    "name", ["two sides", "temperature 0.001", "classes", "bias drops columns", "one row", "rows without pairs", "D 7"]
+    "name",
+    [
+        "two sides",
+        "temperature 0.001",
+        "classes",
+        "bias drops columns",
+        "one row",
+        "rows without pairs",
+        "D 7",
+    ],
 )
 def test_queries_alone_have_gradients(name, dtype, monkeypatch):
     """The forward pass leaves their gradients: KERNELS of MoCo's queue."""
@@ -232,7 +254,9 @@ def test_logits_of_bfloat16_rows_are_not_rounded(form):
 
 def test_strides_beyond_32_bits(form):
     stride = 2**31 + 16
-    storage = torch.empty(2 * stride + 16, dtype=torch.bfloat16)  # 8.6 GB of addresses, of which three pages are used
+    storage = torch.empty(
+        2 * stride + 16, dtype=torch.bfloat16
+    )  # 8.6 GB of addresses, of which three pages are used
     a = storage.as_strided((3, 16), (stride, 1))
     a.copy_(torch.randn(3, 16))
     torch.testing.assert_close(similarity_lse(a), similarity_lse_reference(a))
@@ -258,11 +282,17 @@ def test_compiles_without_a_break(form):
     def loss(z, ids, scale):
         return similarity_lse(z, scale=scale, a_ids=ids).sum()
 
-    z, ids, scale = torch.randn(8, 16, requires_grad=True), torch.arange(8) % 4, torch.tensor(0.5, requires_grad=True)
+    z, ids, scale = (
+        torch.randn(8, 16, requires_grad=True),
+        torch.arange(8) % 4,
+        torch.tensor(0.5, requires_grad=True),
+    )
     fast = torch.compile(loss, fullgraph=True, backend="aot_eager")(z, ids, scale)
     torch.testing.assert_close(fast, loss(z, ids, scale))
     for x, y in zip(
-        torch.autograd.grad(fast, (z, scale)), torch.autograd.grad(loss(z, ids, scale), (z, scale)), strict=True
+        torch.autograd.grad(fast, (z, scale)),
+        torch.autograd.grad(loss(z, ids, scale), (z, scale)),
+        strict=True,
     ):
         torch.testing.assert_close(x, y)
 
@@ -299,3 +329,124 @@ def _floating(x: object) -> bool:
 
 def _outputs(result):
     return result if isinstance(result, tuple) else (result,)
+
+
+# Choices of block sizes.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A card whose measurements are kept in tmp_path."""
+    monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test (1)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    tuning._read.cache_clear()
+    yield torch.device("cuda", 0)
+    tuning._read.cache_clear()
+
+
+def test_every_tile_divides_the_padding_and_serves_every_width():
+    tiles = [tile for *_, tile in tuning.shipped()] + list(tuning.CANDIDATES)
+    assert all(tuning.PADDING % tile.x == tuning.PADDING % tile.y == 0 and tile.y >= 16 for tile in tiles)
+    for size in (2, 4):
+        for d in range(0, 300):
+            if tuning.fits(d, size):
+                for arch in (75, 80, 87, 90, 103, 121, 200):
+                    assert tuning.default_tile("grad", tuning.padded_dim(d), size, arch) in tiles
+    assert tuning.fits(256, 2) and not tuning.fits(257, 2) and tuning.fits(64, 4) and not tuning.fits(65, 4)
+
+
+def test_measured_choices_are_kept_and_used(cache):
+    assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.FLASH[2, 128]["grad"]
+    tuning.keep(cache, {tuning.key("grad", 128, 2): [64, 64, 4, 2]})
+    path = tuning.keep(cache, {tuning.key("form", 64, 2): "chunked", "chunk": [1024, 2048]})
+    assert path.name == "tuning-nvidia-test-1.json"
+    assert tuning.tile("grad", 128, torch.float16, cache) == tuning.Tile(64, 64, 4, 2)
+    assert tuning.tile("grad", 64, torch.float16, cache) == tuning.FLASH[2, 128]["grad"]
+    assert (
+        tuning.form(64, torch.bfloat16, cache) == "chunked"
+        and tuning.form(128, torch.bfloat16, cache) == "flash"
+    )
+    assert tuning.chunk(cache) == (1024, 2048)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", '{"choices": {"grad/128/2": [1]}}', '{"choices": {"grad/128/2": [96, 64, 4, 2]}}',
+        '{"choices": {"form/128/2": "fast"}}', '{"choices": {"chunk": [0, -1]}}', '{"choices": 3}',
+    ],
+)  # fmt: skip
+def test_a_broken_file_of_choices_warns_and_is_ignored(cache, text):
+    path = tuning.cache_path(cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="not a file of sslfast tune"):
+        assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.FLASH[2, 128]["grad"]
+    assert tuning.chunk(cache) == tuning.CHUNK
+
+
+def test_tune_measures_every_variant_and_leaves_nothing_behind(monkeypatch):
+    """On the interpreter, with a clock that likes one tile and a tile that is wrong."""
+    import triton
+
+    from sslfast import tune
+
+    liked, wrong = tuning.Tile(64, 64, 4, 2), tuning.Tile(32, 32, 4, 2)
+    monkeypatch.setattr(tuning, "CANDIDATES", (liked, wrong))
+    monkeypatch.setattr(tuning, "SMALL", 0)
+
+    def clock(call, **options):
+        chosen = list(tuning.trial.values())[-1]
+        return {tuple(liked): 1.0, "chunked": 1.0, tuple(wrong): 0.5}.get(chosen, 2.0)
+
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    close = tune._close
+    monkeypatch.setattr(tune, "_close", lambda x, y: close(x, y) and list(tuning.trial.values())[-1] != wrong)
+    found = dict(tune.measure(16, torch.float32, 256, torch.device("cpu")))
+    assert found == {**{f"{v}/16/4": [64, 64, 4, 2] for v in tuning.VARIANTS}, "form/16/4": "chunked"}
+    assert tuning.trial == {}
+
+
+def test_tune_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    from sslfast import tune
+
+    with pytest.raises(ValueError, match="tune: expected a GPU"):
+        tune.tune()
+
+
+# The benchmark.
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "compiled", module.eager)
+    return module
+
+
+def test_benchmark_agrees_with_its_own_truth(benchmark):
+    for case in (*benchmark.SMALL, benchmark.Case("ntxent", 60, 60, 48, "float32")):
+        results = {r["name"]: r for r in benchmark.run_case(case, {}, only_check=True)}
+        for name in benchmark.implementations(case):
+            if name in ("memeff", "inf_cl", "cut_cross_entropy"):  # these need a GPU
+                continue
+            assert "why_not_timed" not in results[name], results[name]
+            assert results[name]["one_minus_cosine"] < 5e-3
+
+
+def test_benchmark_refuses_a_wrong_result(benchmark, monkeypatch):
+    case = benchmark.SMALL[0]
+    monkeypatch.setattr(benchmark, "eager", lambda loss, rows: 1.2 * benchmark.ours(loss, rows))
+    results = {r["name"]: r for r in benchmark.run_case(case, {}, only_check=True)}
+    assert results["eager"]["why_not_timed"] == "wrong result"
+    right = sslfast.ntxent_loss
+    monkeypatch.setattr(sslfast, "ntxent_loss", lambda *args, **options: 1.01 * right(*args, **options))
+    with pytest.raises(AssertionError, match="sslfast is wrong"):
+        benchmark.run_case(case, {}, only_check=True)

@@ -114,7 +114,7 @@ def triton_refuses(device_type: str) -> str | None:
     try:
         import triton
 
-        from sslfast.kernels import similarity_lse as kernels
+        from sslfast.kernels import similarity_lse_rows as kernels
     except ImportError:
         return "triton is not installed"
     if device_type == "cpu":

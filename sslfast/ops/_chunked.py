@@ -1,4 +1,4 @@
-"""The chunked form of `similarity_lse` on a GPU: the blocked driver with cuBLAS products and Triton epilogues.
+"""The chunked form of `similarity_lse` on a GPU: the blocked driver, cuBLAS products and Triton epilogues.
 
 A tile of logits is float32 and stays in the L2 cache between its product and its epilogue.
 """
@@ -69,14 +69,16 @@ class GpuTiles:
         p = self.problem
         ids = (p.a.ids, p.b.ids, p.a.ranges, p.b.ranges, p.offset)
         return (
-            cols, r0, r0 + rows, c0, c0 + cols, p.a.padded, p.b.padded, *map(p.or_state, ids), p.scale, p.state, p.slots
+            cols, r0, r0 + rows, c0, c0 + cols, p.a.padded, p.b.padded, *map(p.or_state, ids), p.scale,
+            p.state, p.slots
         )  # fmt: skip
 
     def _launch(self, kernel, place: tuple[int, int, int, int], *args, **options) -> None:
         _, rows, _, cols = place
         block, p = self._block, self.problem
         kernel[(-(-cols // block.y), -(-rows // block.x))](
-            *args, TWO=p.two, BIASED=p.bias is not None, R=block.x, C=block.y, num_warps=block.warps, **p.masks, **options
+            *args, TWO=p.two, BIASED=p.bias is not None, R=block.x, C=block.y, num_warps=block.warps,
+            **p.masks, **options
         )  # fmt: skip
 
     def begin_forward(self, return_cols: bool) -> None:
@@ -91,15 +93,15 @@ class GpuTiles:
         place = (r0, rows, c0, cols)
         with_cols = self._cols is not None and not (self.symmetric and r0 == c0)
         self._launch(
-            kernels.tile_sums, place, tile, *self._shared(*place), self._row_part, self._row_slot, self._col_part,
-            self._col_slot, COLS=with_cols,
+            kernels.tile_sums, place, tile, *self._shared(*place), self._row_part, self._row_slot,
+            self._col_part, self._col_slot, COLS=with_cols,
         )  # fmt: skip
         row_top, row_total = (x[r0 : r0 + rows] for x in self._rows)
         col_top, col_total = (x[c0 : c0 + cols] for x in self._cols or self._rows)
         row_programs = -(-rows // ROWS)
         kernels.tile_merge[(row_programs + (-(-cols // ROWS) if with_cols else 0),)](
-            row_top, row_total, self._row_part, self._row_slot, -(-cols // self._block.y), rows, row_programs, col_top,
-            col_total, self._col_part, self._col_slot, -(-rows // self._block.x), cols, ROWS=ROWS,
+            row_top, row_total, self._row_part, self._row_slot, -(-cols // self._block.y), rows, row_programs,
+            col_top, col_total, self._col_part, self._col_slot, -(-rows // self._block.x), cols, ROWS=ROWS,
         )  # fmt: skip
 
     def finish_forward(self) -> tuple[Tensor, Tensor]:
@@ -120,14 +122,12 @@ class GpuTiles:
             self._col_weights = self._row_weights
         self._dbias = dbias
         self._unit = self._buffer.new_empty(2)
-        kernels.upstream_unit[(1,)](
-            self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=self._gain
-        )
+        kernels.upstream_unit[(1,)](self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=self._gain)
 
     def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         place = (r0, rows, c0, cols)
         out = self._weights[: rows * cols].view(rows, cols) if len(self._weights) else tile
-        with_cols, p = self._col_weights is not None, self.problem
+        with_cols = self._col_weights is not None
         c_weights = self._col_weights if self._col_weights is not None else self._row_weights
         self._launch(
             kernels.tile_weights, place, tile, out, *self._shared(*place), *self._row_weights, *c_weights,
@@ -152,15 +152,16 @@ def _adds_to_float32(device: torch.device) -> bool:
 
 
 def forward(
-    a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None, b_ids: Tensor | None,
-    same: bool, return_cols: bool,
+    a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None,
+    b_ids: Tensor | None, same: bool, return_cols: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _blocked.forward(GpuTiles(a, b, scale, bias, a_ids, b_ids, same), return_cols)
 
 
 def backward(
-    g: Tensor, h: Tensor | None, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None,
-    b_ids: Tensor | None, row: Tensor, col: Tensor | None, same: bool, needs: tuple[bool, ...],
+    g: Tensor, h: Tensor | None, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None,
+    a_ids: Tensor | None, b_ids: Tensor | None, row: Tensor, col: Tensor | None, same: bool,
+    needs: tuple[bool, ...],
 ) -> _blocked.Gradients:  # fmt: skip
     if b is None and bias is None and h is not None:  # columns are rows again
         g, h = g + h, None

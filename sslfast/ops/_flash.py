@@ -1,4 +1,4 @@
-"""The flash driver of `similarity_lse`: sizes, buffers and launches of the kernels in kernels/similarity_lse.py."""
+"""The flash driver of `similarity_lse`: sizes, buffers and launches of kernels/similarity_lse.py."""
 
 from typing import Any
 
@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from sslfast.kernels import similarity_lse as kernels
+from sslfast.kernels import similarity_lse_rows as row_kernels
 from sslfast.kernels import tuning
 from sslfast.ops import _backend
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-SLOTS, GROUP = kernels.SLOTS.value, kernels.GROUP.value
+SLOTS, GROUP = row_kernels.SLOTS.value, row_kernels.GROUP.value
 MERGE_ROWS = 128
 MAX_SPANS = 32  # partial sums per row at most
 
 
 class Side:
-    """Rows of one side; `packed` as the flash kernels read them: [padded, width], zeros around [rows, dim]."""
+    """Rows of one side; `packed` as the flash kernels read them: [padded, width], zeros around [rows,
+    dim]."""
 
     def __init__(self, x: Tensor, ids: Tensor | None, width: int | None) -> None:
         self.x, self.rows = x, x.shape[0]
@@ -58,7 +60,9 @@ class Problem:
         packed_width = None if tiled else self.width
         self.two = b is not None or bias is not None  # S is not symmetric
         self.a = Side(a, a_ids, packed_width)
-        self.b = Side(a if b is None else b, a_ids if b is None else b_ids, packed_width) if self.two else self.a
+        self.b = (
+            Side(a if b is None else b, a_ids if b is None else b_ids, packed_width) if self.two else self.a
+        )
         self.scale, self.bias, self.g, self.h = scale, bias, g, h
         self.device, self.sms = a.device, tuning.multiprocessors(a.device)
         self.slots = min(SLOTS, max(self.a.padded, self.b.padded) // GROUP)
@@ -66,7 +70,8 @@ class Problem:
         self.offset = None if bias is None else scale.new_empty(self.b.padded)
         self.masks = {"SELF": b is None, "IDS": a_ids is not None, "SAME": same}
         self.common = {
-            "D": self.width, "PRECISION": tuning.precision(a.dtype), "BIASED": bias is not None, "TWO": self.two
+            "D": self.width, "PRECISION": tuning.precision(a.dtype), "BIASED": bias is not None,
+            "TWO": self.two
         }  # fmt: skip
         self._pack()
 
@@ -81,17 +86,19 @@ class Problem:
                 self.or_state(side.ranges), self.or_state(g), 0 if g is None else g.stride(0),
             ]  # fmt: skip
         bias = self.or_state(self.bias)
-        kernels.pack[(self.slots, 1 + self.two)](
-            *sides, bias, 0 if self.bias is None else bias.stride(0), self.or_state(self.offset), self.state, self.dim,
-            self.width, A_COPY=self.a.copy, B_COPY=self.b.copy, IDS=self.masks["IDS"], G=self.g is not None,
-            H=self.h is not None, BIASED=self.bias is not None, D=min(tuning.padded_dim(self.dim), 256), num_warps=8,
+        row_kernels.pack[(self.slots, 1 + self.two)](
+            *sides, bias, 0 if self.bias is None else bias.stride(0), self.or_state(self.offset), self.state,
+            self.dim, self.width, A_COPY=self.a.copy, B_COPY=self.b.copy, IDS=self.masks["IDS"],
+            G=self.g is not None, H=self.h is not None, BIASED=self.bias is not None,
+            D=min(tuning.padded_dim(self.dim), 256), num_warps=8,
         )  # fmt: skip
 
     def _pair(self, x: Side, y: Side) -> tuple[Any, ...]:
         """The arguments with which every kernel of tiles begins."""
         return (
             x.packed, y.packed, x.rows, y.rows, x.padded, y.padded, *map(self.or_state, (x.ids, y.ids)),
-            *map(self.or_state, (x.ranges, y.ranges)), self.or_state(self.offset), self.scale, self.state, self.slots,
+            *map(self.or_state, (x.ranges, y.ranges)), self.or_state(self.offset), self.scale, self.state,
+            self.slots,
         )  # fmt: skip
 
     def _tile(self, variant: str) -> tuple[tuning.Tile, dict[str, Any]]:
@@ -104,7 +111,9 @@ class Problem:
         both = return_cols and self.two
         small = self.a.rows * self.b.rows <= tuning.SMALL
         sums: tuple[Any, ...] = (None, None) if small or expect else self._sums(both)
-        row, mean = self._merge(self.a, sums[0], self._attend(self.a, self.b, small or expect, expect), expect)
+        row, mean = self._merge(
+            self.a, sums[0], self._attend(self.a, self.b, small or expect, expect), expect
+        )
         col = row.new_empty(0)
         if both:
             col, _ = self._merge(self.b, sums[1], self._attend(self.b, self.a, small, False), False)
@@ -120,7 +129,7 @@ class Problem:
             programs = a_spans * b_spans
             own = self.state.new_empty(b_spans, a.padded)
             streamed = self.state.new_empty(a_spans, b.padded) if both else None
-        else:  # rows of super-block k: own sums with super-blocks 0 .. k, streamed ones with k .. end, a slot later
+        else:  # super-block k: own sums with super-blocks 0 .. k, streamed ones with k .. end, a slot later
             programs = a_spans * (a_spans + 1) // 2
             own = self.state.new_empty(a_spans + 1, a.padded)
             streamed = own[1:]
@@ -138,8 +147,8 @@ class Problem:
         mean = self.state.new_empty(spans, x.padded, self.width) if expect else None
         common = {**self.common, "BIASED": self.bias is not None and y is self.b}
         kernels.attend[(blocks, spans)](
-            *self._pair(x, y), top, total, self.or_state(mean), span, ALWAYS=always, MEAN=expect, **self.masks,
-            **common, **shape,
+            *self._pair(x, y), top, total, self.or_state(mean), span, ALWAYS=always, MEAN=expect,
+            **self.masks, **common, **shape,
         )  # fmt: skip
         return top, total, mean
 
@@ -150,10 +159,10 @@ class Problem:
         out = self.state.new_empty(x.rows)
         mean_out = self.state.new_empty((x.rows, self.dim) if expect else 0)
         rows = 16 if expect else MERGE_ROWS
-        kernels.merge[(-(-x.rows // rows),)](
+        row_kernels.merge[(-(-x.rows // rows),)](
             out, x.rows, x.padded, self.or_state(sums), 0 if sums is None else len(sums), top, total,
-            self.or_state(mean), len(top), mean_out, self.or_state(self.offset), self.scale, self.state, self.slots,
-            self.dim, TWO=self.two, SUMS=sums is not None, MEAN=expect,
+            self.or_state(mean), len(top), mean_out, self.or_state(self.offset), self.scale, self.state,
+            self.slots, self.dim, TWO=self.two, SUMS=sums is not None, MEAN=expect,
             BIASED=self.bias is not None and x is self.b and self.b is not self.a, ROWS=rows, D=self.width,
         )  # fmt: skip
         return out, mean_out
@@ -165,7 +174,7 @@ class Problem:
         a_weights = self.state.new_empty(2, self.a.padded)
         b_weights = self.state.new_empty(2, self.b.padded) if self.h is not None else a_weights
         g, h = self.or_state(self.g), self.or_state(self.h)
-        kernels.weights[(max(self.a.padded, self.b.padded) // MERGE_ROWS, 1 + self.two)](
+        row_kernels.weights[(max(self.a.padded, self.b.padded) // MERGE_ROWS, 1 + self.two)](
             g, g.stride(0), row, self.a.rows, self.a.padded, *a_weights, h, h.stride(0), col, self.b.rows,
             self.b.padded, *b_weights, self.scale, self.state, self.slots, TWO=self.two, H=self.h is not None,
             ROWS=MERGE_ROWS,
@@ -180,7 +189,10 @@ class Problem:
             da, dscale, _ = self._grad(self.a, self.a, a_weights, a_weights, need_scale, False)
             return da if need_a else None, None, None if dscale is None else dscale / 2, None
         by_bias = self.masks["SELF"]  # a meets itself under a bias: both of its gradients add up
-        da = db = dscale = dbias = None
+        da: Tensor | None = None
+        db: Tensor | None = None
+        dscale: Tensor | None = None
+        dbias: Tensor | None = None
         if need_a or need_scale:
             da, dscale, _ = self._grad(self.a, self.b, a_weights, b_weights, need_scale, False)
         if need_b or need_bias or (by_bias and need_a):
@@ -203,10 +215,11 @@ class Problem:
         common = {k: v for k, v in self.common.items() if k != "BIASED"}
         biased = self.bias is not None
         kernels.grad[(blocks, spans)](
-            *self._pair(x, y), *self._weights(x_weights), *self._weights(y_weights), dx, self.or_state(dscale),
-            self.or_state(dbias), self.dim, span, H=self.h is not None, X_TERM=x_weights is not None,
-            Y_TERM=y_weights is not None, X_BIASED=biased and x is self.b, Y_BIASED=biased and y is self.b,
-            DSCALE=scale, DBIAS=bias, GAIN=14 if x.x.dtype == torch.float16 else 0, **self.masks, **common, **shape,
+            *self._pair(x, y), *self._weights(x_weights), *self._weights(y_weights), dx,
+            self.or_state(dscale), self.or_state(dbias), self.dim, span, H=self.h is not None,
+            X_TERM=x_weights is not None, Y_TERM=y_weights is not None, X_BIASED=biased and x is self.b,
+            Y_BIASED=biased and y is self.b, DSCALE=scale, DBIAS=bias,
+            GAIN=14 if x.x.dtype == torch.float16 else 0, **self.masks, **common, **shape,
         )  # fmt: skip
         return (
             dx[0] if spans == 1 else dx.sum(0),
@@ -226,15 +239,16 @@ def _spans(padded: int, most: int) -> tuple[int, int]:
 
 
 def forward(
-    a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None, b_ids: Tensor | None,
-    same: bool, return_cols: bool, expect: bool,
+    a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None,
+    b_ids: Tensor | None, same: bool, return_cols: bool, expect: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return Problem(a, b, scale, bias, a_ids, b_ids, same).forward(return_cols, expect)
 
 
 def backward(
-    g: Tensor, h: Tensor | None, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None, a_ids: Tensor | None,
-    b_ids: Tensor | None, row: Tensor, col: Tensor | None, same: bool, needs: tuple[bool, ...],
+    g: Tensor, h: Tensor | None, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None,
+    a_ids: Tensor | None, b_ids: Tensor | None, row: Tensor, col: Tensor | None, same: bool,
+    needs: tuple[bool, ...],
 ) -> Gradients:  # fmt: skip
     if b is None and bias is None and h is not None:  # columns are rows again
         g, h = g + h, None

@@ -184,7 +184,8 @@ class _SimilarityLSE(torch.autograd.Function):
         if g is None and h is None:
             return (None,) * 10
         if ctx.expect:
-            return _from_expectation(g, *ctx.saved_tensors, ctx.needs_input_grad)
+            a, scale, mean = ctx.saved_tensors
+            return _from_expectation(g, a, scale, mean, ctx.needs_input_grad)
         a, b, scale, bias, a_ids, b_ids, row, col = ctx.saved_tensors
         g = torch.zeros_like(row) if g is None else g
         needs = ctx.needs_input_grad[:4]
@@ -271,11 +272,17 @@ def similarity_lse(
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b
         b_ids = b_ids.view_as(b_ids) if b_ids is not None and b_ids is a_ids else b_ids
-    # Where b and bias have no gradient (a queue of keys), a's comes out of the forward pass: a pass less.
-    expect = backend == "triton" and b is not None and not return_cols and torch.is_grad_enabled()
-    expect = expect and (a.requires_grad or scale.requires_grad) and not b.requires_grad
-    expect = expect and not (bias is not None and bias.requires_grad) and tuning.fits(a.shape[1], a.element_size())
+    expect = backend == "triton" and not return_cols and _queries_alone(a, b, scale, bias)
     return _SimilarityLSE.apply(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend)
+
+
+def _queries_alone(a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether b and bias need no gradient, as a queue of keys does not: then a's can come out of the forward
+    pass, a pass less, where the kernel has room for it."""
+    if b is None or b.requires_grad or not (a.requires_grad or scale.requires_grad):
+        return False
+    constant = bias is None or not bias.requires_grad
+    return constant and torch.is_grad_enabled() and tuning.fits(a.shape[1], a.element_size())
 
 
 def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

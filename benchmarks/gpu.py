@@ -1,0 +1,418 @@
+"""Times the losses on a GPU, forward + backward, beside eager PyTorch, torch.compile, chunked cuBLAS and
+installed peers.
+
+A result is checked against float64 before it is timed; a wrong one is not timed. Implementations alternate in
+one process, on fresh random rows; the floor is the number of M N D matrix products that exactness needs
+(NT-Xent 2.5, CLIP 4, MoCo 2) at the rate of a large torch.mm in the same run. Peak memory is beyond the
+inputs.
+
+    python benchmarks/gpu.py --json-out results.json [--quick]
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from sslfast.kernels import tuning
+from torch import Tensor
+from torch.nn import functional as F
+
+import sslfast
+
+TEMPERATURE = {"ntxent": 0.1, "clip": 0.05, "moco": 0.2}
+PASSES = {"ntxent": 2.5, "clip": 4.0, "moco": 2.0}
+ROUNDS = 3
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Case:
+    """ntxent: m pairs; clip: m x m; moco: m queries, n keys in the queue."""
+
+    loss: str
+    m: int
+    n: int
+    d: int
+    dtype: str = "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (2 * self.m, 2 * self.m) if self.loss == "ntxent" else (self.m, self.n)
+
+
+CASES = (
+    Case("ntxent", 256, 256, 128),
+    Case("ntxent", 4096, 4096, 128),
+    Case("ntxent", 32768, 32768, 128),
+    Case("ntxent", 32768, 32768, 256),
+    Case("ntxent", 4096, 4096, 128, "float32"),
+    Case("clip", 8192, 8192, 512),
+    Case("clip", 65536, 65536, 512),
+    Case("moco", 4096, 65536, 128),
+)
+SMALL = (Case("ntxent", 200, 200, 128), Case("clip", 300, 300, 512), Case("moco", 200, 500, 128))
+
+
+def inputs_of(case: Case) -> list[Tensor]:
+    """Unit rows: [m, D] twice, and for moco [n, D]; the last does not require a gradient there."""
+    sizes = {"ntxent": (case.m, case.m), "clip": (case.m, case.n), "moco": (case.m, case.m, case.n)}[
+        case.loss
+    ]
+    rows = [torch.randn(size, case.d, device=DEVICE) for size in sizes]
+    rows[1] = 0.5 * rows[0] + rows[1]  # positives: a cosine of about 0.45
+    return [F.normalize(x, dim=1).to(getattr(torch, case.dtype)) for x in rows]
+
+
+def leaves(case: Case, rows: list[Tensor]) -> list[Tensor]:
+    trained = {"ntxent": 2, "clip": 2, "moco": 1}[case.loss]
+    return [x.detach().clone().requires_grad_(i < trained) for i, x in enumerate(rows)]
+
+
+# Implementations: (loss, rows) to a value. Rows are of unit length, and none normalises them again.
+
+
+def eager(loss: str, rows: list[Tensor]) -> Tensor:
+    t = TEMPERATURE[loss]
+    if loss == "ntxent":
+        z = torch.cat(rows)
+        logits = z @ z.T / t
+        logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+        return F.cross_entropy(logits.float(), torch.arange(len(z), device=z.device).roll(len(z) // 2))
+    if loss == "clip":
+        a, b = rows
+        logits, labels = (a @ b.T / t).float(), torch.arange(len(a), device=a.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    q, k, queue = rows
+    logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue.T), 1) / t
+    return F.cross_entropy(logits.float(), torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+compiled = torch.compile(eager, dynamic=False)
+
+
+def ours(loss: str, rows: list[Tensor], form: str | None = None) -> Tensor:
+    t, choose = TEMPERATURE[loss], tuning.form
+    if form:
+        tuning.form = lambda *args: form
+    try:
+        if loss == "ntxent":
+            return sslfast.ntxent_loss(*rows, t, normalize=False)
+        if loss == "clip":
+            return sslfast.info_nce_loss(*rows, temperature=t, normalize=False, symmetric=True)
+        q, k, queue = rows
+        lse = sslfast.similarity_lse(q, queue, scale=1 / t)
+        return F.softplus(lse - (q.float() * k.float()).sum(1) / t).mean()
+    finally:
+        tuning.form = choose
+
+
+class _ChunkedClip(torch.autograd.Function):
+    """CLIP in row chunks with cuBLAS alone: 1 product forward, 3 backward, elementwise passes over chunks."""
+
+    @staticmethod
+    def forward(ctx, a, b, t, rows):
+        m = len(a)
+        row, col = a.new_empty(m, dtype=torch.float32), a.new_full((m,), -torch.inf, dtype=torch.float32)
+        positive = (a.float() * b.float()).sum(1) / t
+        for i in range(0, m, rows):
+            s = _mm(a[i : i + rows], b.T).div_(t)
+            row[i : i + rows] = s.logsumexp(1)
+            col = torch.logaddexp(col, s.logsumexp(0))
+        ctx.save_for_backward(a, b, row, col)
+        ctx.t, ctx.rows = t, rows
+        return ((row + col) / 2 - positive).mean()
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b, row, col = ctx.saved_tensors
+        m, t, rows = len(a), ctx.t, ctx.rows
+        da, db = torch.empty_like(a), torch.zeros(b.shape, device=b.device)
+        for i in range(0, m, rows):
+            s = _mm(a[i : i + rows], b.T).div_(t)
+            w = torch.exp(s - row[i : i + rows, None]).add_(torch.exp(s - col)).mul_(0.5)
+            w.diagonal(i).sub_(1.0)
+            w = w.mul_(g / (m * t)).to(a.dtype)
+            da[i : i + rows] = w @ b
+            db += _mm(w.T, a[i : i + rows])
+        return da, db.to(b.dtype), None, None
+
+
+def _mm(x: Tensor, y: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.float() @ y.float()
+    return x @ y if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
+
+
+def chunked_cublas(loss: str, rows: list[Tensor]) -> Tensor:
+    return _ChunkedClip.apply(*rows, TEMPERATURE[loss], 2048)
+
+
+def memeff(loss: str, rows: list[Tensor]) -> Tensor:
+    from memeff import MemoryEfficientCLIPLoss
+
+    module = MemoryEfficientCLIPLoss(temperature=TEMPERATURE[loss], normalized_inputs=True, stable=False)
+    return module(*rows)
+
+
+def inf_cl(loss: str, rows: list[Tensor]) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    a, b = rows
+    scale = torch.tensor(1 / TEMPERATURE[loss], device=a.device)
+    width = 1 << (a.shape[1] - 1).bit_length()
+    return (
+        sum(cal_flash_loss(x, y, scale=scale, head_dim=min(256, width)).mean() for x, y in ((a, b), (b, a)))
+        / 2
+    )
+
+
+def cce_exact(loss: str, rows: list[Tensor]) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    a, b = rows
+    labels, t = torch.arange(len(a), device=a.device), TEMPERATURE[loss]
+    pairs = ((a / t, b), (b / t, a))
+    return sum(linear_cross_entropy(x, y, labels, impl="cce_exact") for x, y in pairs) / 2
+
+
+def implementations(case: Case) -> dict[str, Callable]:
+    found: dict[str, Callable] = {"sslfast": ours, "eager": eager, "compile": compiled}
+    if tuning.fits(case.d, getattr(torch, case.dtype).itemsize):
+        found["sslfast flash"] = functools.partial(ours, form="flash")
+    if case.loss != "moco":
+        found["sslfast chunked"] = functools.partial(ours, form="chunked")
+    if case.loss == "clip":
+        found["chunked cuBLAS"] = chunked_cublas
+        for name, peer in (("memeff", memeff), ("inf_cl", inf_cl), ("cut_cross_entropy", cce_exact)):
+            if importlib.util.find_spec(name):
+                found[name] = peer
+    return found
+
+
+# Truth.
+
+
+def truth(case: Case, rows: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of the trained rows in float64, in chunks of rows."""
+    x, t = [r.double() for r in rows], TEMPERATURE[case.loss]
+    if case.loss == "ntxent":
+        a = b = torch.cat(x)
+        positive = torch.cat((x[1], x[0]))
+    elif case.loss == "clip":
+        (a, b), positive = x, x[1]
+    else:
+        a, positive, b = x
+    m, chunk = len(a), 1024
+    extra = (a * positive).sum(1) / t if case.loss == "moco" else None
+
+    def logits(i: int) -> Tensor:
+        s = a[i : i + chunk] @ b.T / t
+        if case.loss == "ntxent":
+            s.diagonal(i).fill_(-torch.inf)
+        return s if extra is None else torch.cat((extra[i : i + chunk, None], s), 1)
+
+    row, col = a.new_empty(m), a.new_full((len(b),), -torch.inf)
+    for i in range(0, m, chunk):
+        s = logits(i)
+        row[i : i + chunk] = s.logsumexp(1)
+        col = torch.logaddexp(col, s.logsumexp(0)) if case.loss == "clip" else col
+    terms = (row + col) / 2 if case.loss == "clip" else row
+    loss = (terms - (a * positive).sum(1) / t).mean().item()
+    da, db = -positive / (m * t), -a / (m * t) if case.loss == "clip" else torch.zeros_like(b)
+    for i in range(0, m, chunk):
+        s, part = logits(i), slice(i, i + chunk)
+        w = torch.exp(s - row[part, None])
+        w = (w + torch.exp(s - col)) / 2 if case.loss == "clip" else w
+        if extra is not None:
+            da[part] += w[:, :1] * positive[part] / (m * t)
+            w = w[:, 1:]
+        da[part] += w @ b / (m * t)
+        if case.loss != "moco":
+            db += w.T @ a[part] / (m * t)
+    if case.loss == "ntxent":  # d/dz of both roles, and of the positives' other side
+        return loss, list((da + db - positive / (m * t)).chunk(2))
+    return loss, [da] if case.loss == "moco" else [da, db]
+
+
+def value_and_gradients(call: Callable, case: Case, rows: list[Tensor]) -> tuple[float, list[Tensor]]:
+    x = leaves(case, rows)
+    value = call(case.loss, x)
+    value.backward()
+    return value.item(), [r.grad for r in x if r.requires_grad]
+
+
+def check(
+    call: Callable, case: Case, rows: list[Tensor], true: tuple[float, list[Tensor]]
+) -> dict[str, float]:
+    value, gradients = value_and_gradients(call, case, rows)
+    ours, theirs = (torch.cat([g.double().flatten() for g in side]) for side in (gradients, true[1]))
+    cosine = F.cosine_similarity(ours, theirs, dim=0).item()
+    ratio = (ours.norm() / theirs.norm()).item()
+    return {"loss_error": abs(value - true[0]), "one_minus_cosine": 1 - cosine, "norm_ratio": ratio}
+
+
+def is_right(errors: dict[str, float], mine: bool) -> bool:
+    loss, angle, norm = (1e-4, 1e-4, 5e-3) if mine else (2e-2, 1e-2, 5e-2)
+    return (
+        errors["loss_error"] < loss
+        and errors["one_minus_cosine"] < angle
+        and abs(errors["norm_ratio"] - 1) < norm
+    )
+
+
+# Time and memory.
+
+
+def rates() -> dict[str, float]:
+    """Ceilings of this card: a large bfloat16 matrix product, and a large copy counting both ways."""
+    x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    mm = triton.testing.do_bench(lambda: x @ y, rep=200, return_mode="median")
+    f, g = (torch.randn(4096, 8192, device=DEVICE) for _ in range(2))
+    fp32 = triton.testing.do_bench(lambda: f @ g.T, rep=100, return_mode="median")
+    big = torch.empty(2**30, device=DEVICE, dtype=torch.uint8).random_()
+    other = torch.empty_like(big)
+    copy = triton.testing.do_bench(lambda: other.copy_(big), rep=100, return_mode="median")
+    return {
+        "bfloat16_tflops": 2 * 8192**3 / mm / 1e9, "float32_tflops": 2 * 4096**2 * 8192 / fp32 / 1e9,
+        "copy_gbps": 2 * 2**30 / copy / 1e6,
+    }  # fmt: skip
+
+
+def peak_memory(run: Callable) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run_case(case: Case, ceilings: dict[str, float], only_check: bool = False) -> list[dict]:
+    rows = inputs_of(case)
+    true = truth(case, rows)
+    results, runs = [], {}
+    for name, call in implementations(case).items():
+        result = {**asdict(case), "name": name}
+        results.append(result)
+        try:
+            result.update(check(call, case, rows, true))
+        except torch.cuda.OutOfMemoryError:
+            result["why_not_timed"] = "out of memory"
+            torch.cuda.empty_cache()
+            continue
+        except Exception as error:  # a peer that does not run here
+            if name.startswith("sslfast"):
+                raise
+            result["why_not_timed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        if not is_right(result, name.startswith("sslfast")):
+            if name.startswith("sslfast"):
+                raise AssertionError(f"{name} is wrong at {case}: {result}")
+            result["why_not_timed"] = "wrong result"
+            continue
+        x = leaves(case, rows)
+
+        def run(call: Callable = call, x: list[Tensor] = x) -> None:
+            for r in x:
+                r.grad = None
+            call(case.loss, x).backward()
+
+        runs[name] = run
+    if only_check:
+        return results
+    del true
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            samples[name].append(triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median"))
+    m, n = case.shape
+    rate = ceilings["bfloat16_tflops" if case.dtype == "bfloat16" else "float32_tflops"]
+    floor = PASSES[case.loss] * 2 * m * n * case.d / rate / 1e9
+    mine = statistics.median(samples["sslfast"])
+    for result in results:
+        if result["name"] in runs:
+            ms = statistics.median(samples[result["name"]])
+            result.update(ms=ms, samples=samples[result["name"]], floor_ms=floor, times_floor=ms / floor,
+                          speedup=ms / mine, peak_mib=peak_memory(runs[result["name"]]) / 2**20)  # fmt: skip
+    return results
+
+
+def show(results: list[dict]) -> None:
+    head = (
+        "loss",
+        "M",
+        "N",
+        "D",
+        "dtype",
+        "implementation",
+        "ms",
+        "x sslfast",
+        "x floor",
+        "MiB",
+        "loss err",
+        "1-cos",
+    )
+    print("{:7}{:>6}{:>6}{:>4} {:9}{:18}{:>10}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head))
+    for r in results:
+        start = f"{r['loss']:7}{r['m']:>6}{r['n']:>6}{r['d']:>4} {r['dtype']:9}{r['name']:18}"
+        if "ms" in r:
+            print(f"{start}{r['ms']:>10.3f}{r['speedup']:>10.2f}{r['times_floor']:>8.2f}{r['peak_mib']:>9.0f}"
+                  f"{r['loss_error']:>9.1e}{r['one_minus_cosine']:>9.1e}")  # fmt: skip
+        else:
+            print(start, r.get("why_not_timed", "checked"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json-out", type=Path, help="a file, or a folder that gets <device>/gpu.json")
+    parser.add_argument(
+        "--quick", action="store_true", help="small cases, checked and not timed: every kernel once"
+    )
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.quick:
+        show(
+            [
+                r
+                for case in SMALL
+                for r in run_case(case, {}, only_check=True)
+                if r["name"].startswith("sslfast")
+            ]
+        )
+        return
+    device = torch.cuda.get_device_name()
+    ceilings = rates()
+    whole = {
+        "device": device, "torch": torch.__version__, "triton": triton.__version__,
+        "sslfast": sslfast.__version__, "python": platform.python_version(), "temperature": TEMPERATURE,
+        "ceilings": ceilings, "results": [],
+    }  # fmt: skip
+    path = options.json_out
+    if path and path.suffix != ".json":
+        path = path / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") / "gpu.json"
+    for case in CASES:
+        whole["results"] += run_case(case, ceilings)
+        if path:  # after every case: a run that is cut off keeps what it measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(whole, indent=1) + "\n")
+            part.replace(path)
+        torch.cuda.empty_cache()
+    print(f"{device}: bfloat16 product {ceilings['bfloat16_tflops']:.0f} TFLOP/s, float32 "
+          f"{ceilings['float32_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gbps']:.0f} GB/s")  # fmt: skip
+    show(whole["results"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Tests, sanitizer and benchmarks of the GPU kernels, on a machine that may have no internet: uses the packages of
+# $PYTHON. Results go to $OUT, or to benchmarks/results/<device>/. Each stage has its share of nine minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+VENV=.venv-gpu
+RESULTS=${OUT:-benchmarks/results}
+export SSLFAST_CACHE=$PWD/build/gpu-cache PYTHONUNBUFFERED=1
+failed=0
+
+set -e
+"$PYTHON" -m venv --without-pip --clear --system-site-packages $VENV
+BIN=$PWD/$VENV/bin
+# Made from a virtual environment, a new one sees the base interpreter's packages only: add those of $PYTHON.
+"$PYTHON" -c 'import site; print("\n".join(site.getsitepackages()))' \
+    > "$("$BIN/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/parent.pth"
+PATH="$BIN:$("$PYTHON" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH"
+"$BIN/python" -m pip install -q --no-build-isolation --no-deps -e .
+"$BIN/python" -c 'import torch, triton, sslfast; assert torch.cuda.is_available(), "no GPU that torch can use"
+print(sslfast.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+set +e
+
+stage() { # name, seconds, command
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    timeout "$limit" "$@"
+    local code=$?
+    [ $code -eq 0 ] || failed=1
+    echo "== $name: exit $code after $((SECONDS - began)) s"
+}
+
+# One process compiles a kernel once for all of them.
+stage "every kernel once" 100 "$BIN/python" benchmarks/gpu.py --quick
+if command -v compute-sanitizer > /dev/null; then
+    log=$(mktemp)
+    began=$SECONDS
+    timeout 80 compute-sanitizer --tool memcheck --error-exitcode 9 "$BIN/python" benchmarks/gpu.py --quick > "$log" 2>&1
+    code=$?
+    tail -n 3 "$log"
+    if grep -q "Device not supported\|Failed to initialize" "$log"; then
+        echo "== compute-sanitizer does not work on this machine"
+    else
+        [ $code -eq 0 ] || failed=1
+        echo "== compute-sanitizer: exit $code after $((SECONDS - began)) s"
+    fi
+else
+    echo "== compute-sanitizer: not installed"
+fi
+workers=""
+"$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
+stage "tests" 210 "$BIN/python" -m pytest $workers -x -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py
+stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
+exit $failed
