@@ -338,8 +338,8 @@ def show(reports: list[Report], rows: list[dict]) -> None:
     print(f"triton {triton.__version__}")
     layout = "{:30}{:>7}{:>6}{:>5}{:>14}{:>6}{:>6}{:>7}{:>8}{:>7}{:>7}{:>6}{:>10}"
     print(layout.format(
-        "kernel", "arch", "dtype", "D", "tile", "regs", "stack", "spills", "shared", "matrix", "powers", "instr",
-        "blocks/SM",
+        "kernel", "arch", "dtype", "D", "tile", "regs", "stack", "spills", "shared", "matrix", "powers",
+        "instr", "blocks/SM",
     ))  # fmt: skip
     for r in reports:
         j = r.job

@@ -47,6 +47,12 @@ def use_form(name: str, monkeypatch: pytest.MonkeyPatch, small: int = 0) -> str:
     return name
 
 
+def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tiles for the interpreter, which takes milliseconds for each."""
+    monkeypatch.setattr(tuning, "EPILOGUE", tuning.Tile(256, 512, 4, 1))
+    monkeypatch.setattr(tuning, "default_tile", lambda *args: tuning.Tile(128, 128, 4, 1))
+
+
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched from now on."""
     from triton.runtime import interpreter
@@ -89,10 +95,8 @@ def test_case(form, dtype, in_order, small, case, monkeypatch):
     use_form(form, monkeypatch, small)
     if form == "flash" and not tuning.fits(case.d, dtype.itemsize):
         form = use_form("chunked", monkeypatch, small)
-    if form == "chunked" and case.m * (case.n or case.m) > 2**15:
-        monkeypatch.setattr(
-            tuning, "EPILOGUE", tuning.Tile(256, 512, 4, 1)
-        )  # fewer blocks for the interpreter
+    if case.m * (case.n or case.m) > 2**15:
+        larger_tiles(monkeypatch)
     inputs = {
         k: inside_nan(x) if isinstance(x, torch.Tensor) and x.dim() else x
         for k, x in case.inputs(dtype).items()
@@ -106,6 +110,7 @@ def test_case(form, dtype, in_order, small, case, monkeypatch):
 )
 def test_same_bits_whatever_the_order_of_programs(name, form, monkeypatch):
     monkeypatch.setattr(tuning, "chunk", lambda device: (128, 256))
+    larger_tiles(monkeypatch)
     inputs = BY_NAME[name].inputs(torch.float32)
 
     def once(reverse: bool) -> list[torch.Tensor]:
@@ -123,6 +128,7 @@ def test_tiles_smaller_than_the_problem(name, monkeypatch):
     """The chunked form over many tiles, ragged at the end."""
     use_form("chunked", monkeypatch)
     monkeypatch.setattr(tuning, "chunk", lambda device: (192, 320))
+    larger_tiles(monkeypatch)
     case = BY_NAME[name]
     assert_close_to_reference(OP, case.inputs(torch.float32))
 
@@ -138,6 +144,7 @@ def test_tiles_of_any_shape(x, y, monkeypatch):
 def test_spans_of_every_length(monkeypatch):
     """A few partial sums per row, and one: their number follows the device."""
     use_form("flash", monkeypatch)
+    larger_tiles(monkeypatch)
     for count in (1, 64):
         monkeypatch.setattr(tuning, "multiprocessors", lambda device, count=count: count)
         for name in ("one row", "self, bias, running maximum"):
@@ -159,9 +166,10 @@ def test_symmetric_forward_multiplies_half_the_matrix(monkeypatch):
         return dot(self, a, b, *args)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", record)
+    larger_tiles(monkeypatch)
     a = torch.nn.functional.normalize(torch.randn(2048, 16), dim=1)
     similarity_lse(a)
-    assert 0.5 < sum(multiplied) / 2048**2 < 0.56
+    assert 0.5 < sum(multiplied) / 2048**2 < 0.58
 
 
 def test_no_kernel_that_is_not_needed(monkeypatch):
@@ -431,7 +439,8 @@ def benchmark(monkeypatch):
     return module
 
 
-def test_benchmark_agrees_with_its_own_truth(benchmark):
+def test_benchmark_agrees_with_its_own_truth(benchmark, monkeypatch):
+    larger_tiles(monkeypatch)
     for case in (*benchmark.SMALL, benchmark.Case("ntxent", 60, 60, 48, "float32")):
         results = {r["name"]: r for r in benchmark.run_case(case, {}, only_check=True)}
         for name in benchmark.implementations(case):

@@ -185,14 +185,14 @@ class Problem:
         """Gradients to (a, b, scale, bias), those that `needs` asks for."""
         need_a, need_b, need_scale, need_bias = needs
         a_weights, b_weights = self.weights(row, col)
-        if not self.two:
-            da, dscale, _ = self._grad(self.a, self.a, a_weights, a_weights, need_scale, False)
-            return da if need_a else None, None, None if dscale is None else dscale / 2, None
-        by_bias = self.masks["SELF"]  # a meets itself under a bias: both of its gradients add up
         da: Tensor | None = None
         db: Tensor | None = None
         dscale: Tensor | None = None
         dbias: Tensor | None = None
+        if not self.two:
+            da, dscale, _ = self._grad(self.a, self.a, a_weights, a_weights, need_scale, False)
+            return da if need_a else None, None, None if dscale is None else dscale / 2, None
+        by_bias = self.masks["SELF"]  # a meets itself under a bias: both of its gradients add up
         if need_a or need_scale:
             da, dscale, _ = self._grad(self.a, self.b, a_weights, b_weights, need_scale, False)
         if need_b or need_bias or (by_bias and need_a):
