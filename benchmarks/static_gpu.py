@@ -149,8 +149,8 @@ def compiled(job: Job):
         _, function, flags = KERNELS[job.name]
         flags = {**flags, "X": job.tile.x, "Y": job.tile.y, "D": job.width}
         flags["PRECISION"] = "tf32x3" if job.dtype == "fp32" else "tf32"
-        if "X_TERM" in flags:
-            flags["GAIN"] = 14 if job.dtype == "fp16" else 0
+        if "X_TERM" in flags:  # grad
+            flags["GAIN"], flags["AHEAD"] = 14 if job.dtype == "fp16" else 0, job.tile.ahead
     signature, aligned = {}, {}
     rows = {"x_ptr", "y_ptr", "dx_ptr"} | ({"out_ptr"} if job.name in EPILOGUES else set())
     for i, name in enumerate(function.arg_names):
@@ -246,6 +246,7 @@ def _loop(instructions: list[str], labels: dict[str, int]) -> dict[str, int]:
         "instructions": len(hot),
         "powers": sum("MUFU.EX2" in x for x in hot),
         "matrix": sum(map(_multiplies, hot)),
+        "waits": sum("WARPGROUP.DEPBAR" in x for x in hot),
     }
 
 
@@ -262,6 +263,8 @@ def problems(r: Report) -> list[str]:
         found.append(f"{what}: {r.shared} bytes of shared memory, more than {SHARED_LIMIT[r.job.arch]} KiB")
     if r.job.width and r.job.dtype != "fp32" and not r.matrix:
         found.append(f"{what}: no matrix instruction")
+    if r.job.arch == 90 and flash16 and r.loop["waits"] >= max(4, r.loop["matrix"]):
+        found.append(f"{what}: the matrix units wait after every instruction")
     if not r.blocks_per_sm:
         found.append(f"{what}: does not fit a multiprocessor")
     return found
@@ -276,7 +279,9 @@ def tile_clocks(r: Report, products: int) -> float:
     others = max(
         r.powers_per_tile / POWERS_PER_CLOCK, r.loop["instructions"] * tile.warps / ISSUES_PER_CLOCK
     )  # fmt: skip
-    return max(matrix, others, (matrix + others) / r.blocks_per_sm)
+    ahead = matrix / products if tile.ahead else 0.0
+    alone = max(ahead, others) + matrix - ahead
+    return max(matrix, others, alone / r.blocks_per_sm)
 
 
 # name, [(kernel, rows of x, rows of y, share of the matrix computed, products per tile)], D, passes of the

@@ -155,17 +155,40 @@ def attend(
 
 
 @triton.jit
-def _walk(
-    x, x_coef, x_lse, x_offset, x0, y_first, y_last, acc, total, x_low, x_high, y_ptr, y_coef_ptr, y_lse_ptr,
-    offset_ptr, nx, ny, y_padded, x_ids_ptr, y_ids_ptr, y_ranges_ptr, factor, ONE_POWER: tl.constexpr,
-    X_TERM: tl.constexpr, Y_TERM: tl.constexpr, X_BIASED: tl.constexpr, Y_BIASED: tl.constexpr,
-    TOTAL: tl.constexpr, SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, GAIN: tl.constexpr,
+def _grad(
+    x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr, offset_ptr,
+    scale_ptr, state_ptr, slots, x_coef_ptr, x_lse_ptr, y_coef_ptr, y_lse_ptr, dx_ptr, dscale_ptr, dbias_ptr,
+    dim, y_span, factor,
+    ONE_POWER: tl.constexpr, H: tl.constexpr, X_TERM: tl.constexpr, Y_TERM: tl.constexpr,
+    X_BIASED: tl.constexpr, Y_BIASED: tl.constexpr, DSCALE: tl.constexpr, DBIAS: tl.constexpr,
+    SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, GAIN: tl.constexpr, AHEAD: tl.constexpr,
     X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum_y G_xy y and total + sum_y G_xy, both 2^GAIN times as large."""
+    x0, y_first = tl.program_id(0) * X, tl.program_id(1) * y_span
+    y_last = tl.minimum(y_first + y_span, y_padded)
     d, xs, ys = tl.arange(0, D), tl.arange(0, X), tl.arange(0, Y)
+    r = x0 + xs
+    x_ptr += tl.cast(x0, tl.int64) * D
+    x = tl.load(x_ptr + (xs[:, None] * D + d[None, :]))
+    if X_TERM:
+        x_coef = tl.load(x_coef_ptr + r)
+        x_lse = tl.load(x_lse_ptr + r)
+    if X_BIASED:
+        x_offset = tl.load(offset_ptr + r)
+    if IDS and not SAME:
+        x_low, x_high = _id_range(x_ranges_ptr, x_padded, x0, X)
+    acc, total = tl.zeros([X, D], tl.float32), tl.zeros([X], tl.float32)  # both 2^GAIN times as large
+    if AHEAD:  # the next tile's product runs on the matrix units while this one's powers are computed
+        y = tl.load(y_ptr + tl.cast(y_first, tl.int64) * D + (ys[:, None] * D + d[None, :]))
+        s = _dot(x, y.T, None, PRECISION)
     for y0 in range(y_first, y_last, Y):
-        y = tl.load(y_ptr + tl.cast(y0, tl.int64) * D + (ys[:, None] * D + d[None, :]))
+        if AHEAD:
+            y1 = tl.minimum(y0 + Y, y_last - Y)
+            next_y = tl.load(y_ptr + tl.cast(y1, tl.int64) * D + (ys[:, None] * D + d[None, :]))
+            next_s = _dot(x, next_y.T, None, PRECISION)
+        else:
+            y = tl.load(y_ptr + tl.cast(y0, tl.int64) * D + (ys[:, None] * D + d[None, :]))
+            s = _dot(x, y.T, None, PRECISION)
         touched = (x0 + X > nx) | (y0 + Y > ny)
         if SELF:
             touched |= (y0 < x0 + X) & (x0 < y0 + Y)
@@ -175,7 +198,7 @@ def _walk(
             else:
                 low, high = _id_range(y_ranges_ptr, y_padded, y0, Y)
                 touched |= (x_low <= high) & (low <= x_high)
-        t = _dot(x, y.T, None, PRECISION) * factor
+        t = s * factor
         if Y_BIASED:
             t += (tl.load(offset_ptr + y0 + ys) + GAIN)[None, :]
         elif X_BIASED:
@@ -198,61 +221,51 @@ def _walk(
             if Y_TERM:
                 w += tl.exp2(t - tl.load(y_lse_ptr + y0 + ys)[None, :]) * y_coef[None, :]
         if touched:
-            w = tl.where(
-                _allowed(x0 + xs, y0 + ys, nx, ny, x_ids_ptr, y_ids_ptr, SELF, False, IDS, SAME), w, 0.0
-            )
-        if TOTAL:
+            ok = _allowed(r, y0 + ys, nx, ny, x_ids_ptr, y_ids_ptr, SELF, False, IDS, SAME)
+            w = tl.where(ok, w, 0.0)
+        if DBIAS:
             total += tl.sum(w, 1)
         acc = _dot(_to(w, y.dtype), y, acc, PRECISION)
-    return acc, total
+        if AHEAD:
+            y, s = next_y, next_s
+    unit = _upstream_unit(state_ptr, slots, H) * tl.exp2(tl.full([], -GAIN, tl.float32))
+    span = tl.cast(tl.program_id(1), tl.int64)
+    if DSCALE:
+        product = tl.load(x_ptr + (xs[:, None] * D + d[None, :])).to(tl.float32) * acc
+        place = span * tl.num_programs(0) + tl.program_id(0)
+        tl.store(dscale_ptr + place, tl.sum(tl.sum(product, 1), 0) * unit)
+    if DBIAS:
+        tl.store(dbias_ptr + span * nx + r, total * unit, r < nx)
+    dx = _to(acc * (unit * tl.load(scale_ptr)), dx_ptr.dtype.element_ty)
+    dx_ptr += (span * nx + x0) * dim
+    tl.store(dx_ptr + (xs[:, None] * dim + d[None, :]), dx, (r < nx)[:, None] & (d < dim)[None, :])
 
 
 @triton.jit
 def grad(
     x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr, offset_ptr,
     scale_ptr, state_ptr, slots, x_coef_ptr, x_lse_ptr, y_coef_ptr, y_lse_ptr, dx_ptr, dscale_ptr, dbias_ptr,
-    dim, y_span, TWO: tl.constexpr, H: tl.constexpr, X_TERM: tl.constexpr, Y_TERM: tl.constexpr,
-    X_BIASED: tl.constexpr, Y_BIASED: tl.constexpr, DSCALE: tl.constexpr, DBIAS: tl.constexpr,
-    SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, GAIN: tl.constexpr, X: tl.constexpr,
-    Y: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    dim, y_span,
+    TWO: tl.constexpr, H: tl.constexpr, X_TERM: tl.constexpr, Y_TERM: tl.constexpr, X_BIASED: tl.constexpr,
+    Y_BIASED: tl.constexpr, DSCALE: tl.constexpr, DBIAS: tl.constexpr, SELF: tl.constexpr, IDS: tl.constexpr,
+    SAME: tl.constexpr, GAIN: tl.constexpr, AHEAD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (x blocks, y spans). dx [y span, nx, dim] = scale sum_y G_xy y; dscale [y span, x block] = sum <x,
-    G y>; dbias [y span, nx] = sum_y G_xy."""
+    """Grid (x blocks, y spans). dx [y span, nx, dim] = scale sum_y G_xy y; dscale [y span, x block] = sum
+    <x, G y>; dbias [y span, nx] = sum_y G_xy. The ranges part before the loops and meet no more: where two
+    loops shared their sums, the compiler made the matrix units wait after every instruction."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
-    x0, y_first = tl.program_id(0) * X, tl.program_id(1) * y_span
-    y_last = tl.minimum(y_first + y_span, y_padded)
-    d, xs = tl.arange(0, D), tl.arange(0, X)
-    r = x0 + xs
-    x_ptr += tl.cast(x0, tl.int64) * D
-    x = tl.load(x_ptr + (xs[:, None] * D + d[None, :]))
-    x_coef = tl.load(x_coef_ptr + r) if X_TERM else 0.0
-    x_lse = tl.load(x_lse_ptr + r) if X_TERM else 0.0
-    x_offset = tl.load(offset_ptr + r) if X_BIASED else 0.0
-    x_low, x_high = 0, 0
-    if IDS and not SAME:
-        x_low, x_high = _id_range(x_ranges_ptr, x_padded, x0, X)
-    acc, total = tl.zeros([X, D], tl.float32), tl.zeros([X], tl.float32)
     if safe:
-        acc, total = _walk(
-            x, x_coef, x_lse, x_offset, x0, y_first, y_last, acc, total, x_low, x_high, y_ptr, y_coef_ptr,
-            y_lse_ptr, offset_ptr, nx, ny, y_padded, x_ids_ptr, y_ids_ptr, y_ranges_ptr, factor, True, X_TERM,
-            Y_TERM, X_BIASED, Y_BIASED, DBIAS, SELF, IDS, SAME, GAIN, X, Y, D, PRECISION,
+        _grad(
+            x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr,
+            offset_ptr, scale_ptr, state_ptr, slots, x_coef_ptr, x_lse_ptr, y_coef_ptr, y_lse_ptr, dx_ptr,
+            dscale_ptr, dbias_ptr, dim, y_span, factor, True, H, X_TERM, Y_TERM, X_BIASED, Y_BIASED, DSCALE,
+            DBIAS, SELF, IDS, SAME, GAIN, AHEAD, X, Y, D, PRECISION,
         )  # fmt: skip
     else:
-        acc, total = _walk(
-            x, x_coef, x_lse, x_offset, x0, y_first, y_last, acc, total, x_low, x_high, y_ptr, y_coef_ptr,
-            y_lse_ptr, offset_ptr, nx, ny, y_padded, x_ids_ptr, y_ids_ptr, y_ranges_ptr, factor, False,
-            X_TERM, Y_TERM, X_BIASED, Y_BIASED, DBIAS, SELF, IDS, SAME, GAIN, X, Y, D, PRECISION,
+        _grad(
+            x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr,
+            offset_ptr, scale_ptr, state_ptr, slots, x_coef_ptr, x_lse_ptr, y_coef_ptr, y_lse_ptr, dx_ptr,
+            dscale_ptr, dbias_ptr, dim, y_span, factor, False, H, X_TERM, Y_TERM, X_BIASED, Y_BIASED, DSCALE,
+            DBIAS, SELF, IDS, SAME, GAIN, AHEAD, X, Y, D, PRECISION,
         )  # fmt: skip
-    unit = _upstream_unit(state_ptr, slots, H) * tl.exp2(tl.full([], -GAIN, tl.float32))
-    span = tl.cast(tl.program_id(1), tl.int64)
-    if DSCALE:
-        product = tl.load(x_ptr + (xs[:, None] * D + d[None, :])).to(tl.float32) * acc
-        tl.store(
-            dscale_ptr + span * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(product, 1), 0) * unit
-        )
-    if DBIAS:
-        tl.store(dbias_ptr + span * nx + r, total * unit, r < nx)
-    dx = _to(acc * (unit * tl.load(scale_ptr)), dx_ptr.dtype.element_ty)
-    dx_ptr += (span * nx + x0) * dim
-    tl.store(dx_ptr + (xs[:, None] * dim + d[None, :]), dx, (r < nx)[:, None] & (d < dim)[None, :])

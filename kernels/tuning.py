@@ -24,12 +24,14 @@ VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN
 
 
 class Tile(NamedTuple):
-    """Rows of x and of y in a tile of logits, warps per program, depth of the pipeline of loads."""
+    """Rows of x and of y in a tile of logits, warps per program, depth of the pipeline of loads, and whether
+    `grad` multiplies the next tile while it computes the powers of this one."""
 
     x: int
     y: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 # Flash form, by (bytes of the dtype, widest rows): no configuration of 16-bit rows spills a register on any
@@ -53,6 +55,9 @@ FLASH: dict[tuple[int, int], dict[str, Tile]] = {
 }
 # Where an architecture wants another tile: (architecture, variant, bytes, widest rows).
 EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
+    (90, "grad", 2, 128): Tile(128, 64, 8, 3, ahead=True),
+    (90, "grad", 2, 256): Tile(64, 64, 8, 2, ahead=True),
+    (120, "attend", 2, 128): Tile(128, 64, 8, 2),
     (90, "expect", 4, 64): Tile(64, 32, 4, 2),
     (90, "grad", 4, 64): Tile(64, 32, 4, 2),
 }
@@ -62,6 +67,8 @@ CANDIDATES = (
     Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4),
     Tile(128, 64, 4, 3), Tile(64, 128, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
     Tile(64, 64, 8, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2),
+    Tile(128, 64, 8, 2, True), Tile(128, 64, 8, 3, True), Tile(128, 128, 8, 2, True),
+    Tile(64, 64, 4, 3, True), Tile(64, 64, 8, 2, True), Tile(64, 128, 4, 2, True),
 )  # fmt: skip
 
 # Chunked form: rows and columns of a tile of logits, of which the L2 cache is to hold the float32 and the
@@ -155,13 +162,14 @@ def _read(device: torch.device) -> dict:
     try:
         found = json.loads(path.read_text())["choices"]
         for key, value in found.items():
-            name, _, itemsize = (key + "//").split("/")[:3]
-            good = (
-                value in ("flash", "chunked")
-                if name == "form"
-                else all(type(x) is int and x > 0 for x in value)
-            )
-            if not good or (name in VARIANTS and (len(value) != 4 or any(PADDING % x for x in value[:2]))):
+            name = key.split("/")[0]
+            if name == "form":
+                good = value in ("flash", "chunked")
+            elif name in VARIANTS:
+                good = _is_tile(value)
+            else:
+                good = name == "chunk" and len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+            if not good:
                 raise ValueError(f"{key}: {value}")
         return found
     except FileNotFoundError:
@@ -171,6 +179,12 @@ def _read(device: torch.device) -> dict:
             f"{path} is not a file of sslfast tune ({error}); the built-in choices serve", stacklevel=2
         )
         return {}
+
+
+def _is_tile(value: list) -> bool:
+    x, y, warps, stages, ahead = value
+    sizes = all(type(size) is int and size > 0 for size in value[:4])
+    return sizes and not (PADDING % x or PADDING % y or warps & (warps - 1)) and type(ahead) is bool
 
 
 def keep(device: torch.device, choices: dict) -> Path:

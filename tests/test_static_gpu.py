@@ -75,13 +75,15 @@ def test_predictions_are_for_every_card_and_above_the_floor(results):
     [
         ({"spills": 1}, "1 spills"), ({"stack": 8}, "8 bytes of stack"), ({"stack": 10**4}, "more than 512"),
         ({"shared": 10**6}, "shared memory"), ({"matrix": 0}, "no matrix instruction"),
-        ({"blocks_per_sm": 0}, "does not fit"),
+        ({"blocks_per_sm": 0}, "does not fit"), ({"loop": {"matrix": 12, "waits": 12}}, "wait after every"),
     ],
-    ids=["spill", "stack", "large stack", "shared", "matrix", "occupancy"],
+    ids=["spill", "stack", "large stack", "shared", "matrix", "occupancy", "serial"],
 )  # fmt: skip
 def test_what_is_not_fit_to_ship_is_named(static_gpu, change, message):
     job = static_gpu.Job("grad: NT-Xent", 90, "bf16", 128, static_gpu.tuning.Tile(128, 64, 8, 3))
-    good = static_gpu.Report(job, 200, 0, 0, 80_000, 12, 1, {"instructions": 300, "powers": 32, "matrix": 12})
+    good = static_gpu.Report(
+        job, 200, 0, 0, 80_000, 12, 1, {"instructions": 300, "powers": 32, "matrix": 12, "waits": 2}
+    )
     assert not static_gpu.problems(good)
     assert any(message in problem for problem in static_gpu.problems(dataclasses.replace(good, **change)))
 

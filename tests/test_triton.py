@@ -133,10 +133,11 @@ def test_tiles_smaller_than_the_problem(name, monkeypatch):
     assert_close_to_reference(OP, case.inputs(torch.float32))
 
 
-@pytest.mark.parametrize("x, y", [(64, 64), (64, 128), (128, 128), (128, 16), (32, 64)])
-def test_tiles_of_any_shape(x, y, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("x, y", [(64, 64), (128, 128), (128, 16), (32, 64)])
+def test_tiles_of_any_shape(x, y, ahead, monkeypatch):
     use_form("flash", monkeypatch)
-    monkeypatch.setattr(tuning, "tile", lambda *args: tuning.Tile(x, max(y, 16), 4, 1))
+    monkeypatch.setattr(tuning, "tile", lambda *args: tuning.Tile(x, y, 4, 1, ahead))
     for name in ("self, ids of views", "two sides", "self, classes, bias"):
         assert_close_to_reference(OP, BY_NAME[name].inputs(torch.float32))
 
@@ -365,12 +366,12 @@ def test_every_tile_divides_the_padding_and_serves_every_width():
 
 
 def test_measured_choices_are_kept_and_used(cache):
-    assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.FLASH[2, 128]["grad"]
-    tuning.keep(cache, {tuning.key("grad", 128, 2): [64, 64, 4, 2]})
+    assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.default_tile("grad", 128, 2, 90)
+    tuning.keep(cache, {tuning.key("grad", 128, 2): [64, 64, 4, 2, True]})
     path = tuning.keep(cache, {tuning.key("form", 64, 2): "chunked", "chunk": [1024, 2048]})
     assert path.name == "tuning-nvidia-test-1.json"
-    assert tuning.tile("grad", 128, torch.float16, cache) == tuning.Tile(64, 64, 4, 2)
-    assert tuning.tile("grad", 64, torch.float16, cache) == tuning.FLASH[2, 128]["grad"]
+    assert tuning.tile("grad", 128, torch.float16, cache) == tuning.Tile(64, 64, 4, 2, True)
+    assert tuning.tile("grad", 64, torch.float16, cache) == tuning.default_tile("grad", 128, 2, 90)
     assert (
         tuning.form(64, torch.bfloat16, cache) == "chunked"
         and tuning.form(128, torch.bfloat16, cache) == "flash"
@@ -381,8 +382,9 @@ def test_measured_choices_are_kept_and_used(cache):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", '{"choices": {"grad/128/2": [1]}}', '{"choices": {"grad/128/2": [96, 64, 4, 2]}}',
-        '{"choices": {"form/128/2": "fast"}}', '{"choices": {"chunk": [0, -1]}}', '{"choices": 3}',
+        "", "[]", "{}", '{"choices": {"grad/128/2": [1]}}',
+        '{"choices": {"grad/128/2": [96, 64, 4, 2, false]}}', '{"choices": {"form/128/2": "fast"}}',
+        '{"choices": {"chunk": [0, -1]}}', '{"choices": 3}',
     ],
 )  # fmt: skip
 def test_a_broken_file_of_choices_warns_and_is_ignored(cache, text):
@@ -390,7 +392,7 @@ def test_a_broken_file_of_choices_warns_and_is_ignored(cache, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     with pytest.warns(UserWarning, match="not a file of sslfast tune"):
-        assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.FLASH[2, 128]["grad"]
+        assert tuning.tile("grad", 128, torch.bfloat16, cache) == tuning.default_tile("grad", 128, 2, 90)
     assert tuning.chunk(cache) == tuning.CHUNK
 
 
@@ -412,7 +414,7 @@ def test_tune_measures_every_variant_and_leaves_nothing_behind(monkeypatch):
     close = tune._close
     monkeypatch.setattr(tune, "_close", lambda x, y: close(x, y) and list(tuning.trial.values())[-1] != wrong)
     found = dict(tune.measure(16, torch.float32, 256, torch.device("cpu")))
-    assert found == {**{f"{v}/16/4": [64, 64, 4, 2] for v in tuning.VARIANTS}, "form/16/4": "chunked"}
+    assert found == {**{f"{v}/16/4": [64, 64, 4, 2, False] for v in tuning.VARIANTS}, "form/16/4": "chunked"}
     assert tuning.trial == {}
 
 

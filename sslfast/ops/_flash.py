@@ -103,7 +103,8 @@ class Problem:
 
     def _tile(self, variant: str) -> tuple[tuning.Tile, dict[str, Any]]:
         tile = tuning.tile(variant, self.width, self.a.x.dtype, self.device)
-        return tile, {"X": tile.x, "Y": tile.y, "num_warps": tile.warps, "num_stages": tile.stages}
+        shape = {"X": tile.x, "Y": tile.y, "num_warps": tile.warps, "num_stages": tile.stages}
+        return tile, {**shape, "AHEAD": tile.ahead} if variant == "grad" else shape
 
     def forward(self, return_cols: bool, expect: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Row log-sum-exps [m], column log-sum-exps [n] (or [0]), sum_j p_ij b_j [m, D] (or [0]), float32."""
