@@ -168,7 +168,10 @@ def compiled(job: Job):
 
 
 def report(job: Job) -> Report:
-    kernel = compiled(job)
+    try:
+        kernel = compiled(job)
+    except Exception as error:
+        raise RuntimeError(f"{job}: does not compile: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

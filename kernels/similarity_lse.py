@@ -232,8 +232,7 @@ def _grad(
     span = tl.cast(tl.program_id(1), tl.int64)
     if DSCALE:
         product = tl.load(x_ptr + (xs[:, None] * D + d[None, :])).to(tl.float32) * acc
-        place = span * tl.num_programs(0) + tl.program_id(0)
-        tl.store(dscale_ptr + place, tl.sum(tl.sum(product, 1), 0) * unit)
+        tl.store(dscale_ptr + span * nx + r, tl.sum(product, 1) * unit, r < nx)
     if DBIAS:
         tl.store(dbias_ptr + span * nx + r, total * unit, r < nx)
     dx = _to(acc * (unit * tl.load(scale_ptr)), dx_ptr.dtype.element_ty)
@@ -251,8 +250,8 @@ def grad(
     SAME: tl.constexpr, GAIN: tl.constexpr, AHEAD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (x blocks, y spans). dx [y span, nx, dim] = scale sum_y G_xy y; dscale [y span, x block] = sum
-    <x, G y>; dbias [y span, nx] = sum_y G_xy. The ranges part before the loops and meet no more: where two
+    """Grid (x blocks, y spans). dx [y span, nx, dim] = scale sum_y G_xy y; dscale [y span, nx] = <x,
+    sum_y G_xy y>; dbias [y span, nx] = sum_y G_xy. The ranges part before the loops and meet no more: where two
     loops shared their sums, the compiler made the matrix units wait after every instruction."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
     if safe:

@@ -211,7 +211,7 @@ class Problem:
         span, spans = _spans(y.padded, -(-2 * self.sms // blocks))
         dtype = x.x.dtype if spans == 1 else torch.float32
         dx = self.state.new_empty(spans, x.rows, self.dim, dtype=dtype)
-        dscale = self.state.new_empty(spans, blocks) if scale else None
+        dscale = self.state.new_empty(spans, x.rows) if scale else None
         dbias = self.state.new_empty(spans, x.rows) if bias else None
         common = {k: v for k, v in self.common.items() if k != "BIASED"}
         biased = self.bias is not None
