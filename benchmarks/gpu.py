@@ -2,7 +2,7 @@
 installed peers.
 
 A result is checked against float64 before it is timed; a wrong one is not timed. Implementations alternate in
-one process, on fresh random rows; the floor is the number of M N D matrix products that exactness needs
+one process, on the same random rows; the floor is the number of M N D matrix products that exactness needs
 (NT-Xent 2.5, CLIP 4, MoCo 2) at the rate of a large torch.mm in the same run. Peak memory is beyond the
 inputs.
 
@@ -10,6 +10,7 @@ inputs.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,7 +18,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,17 +51,24 @@ class Case:
         return (2 * self.m, 2 * self.m) if self.loss == "ntxent" else (self.m, self.n)
 
 
-CASES = (
-    Case("ntxent", 256, 256, 128),
-    Case("ntxent", 4096, 4096, 128),
+CASES = (  # those with a target first
     Case("ntxent", 32768, 32768, 128),
-    Case("ntxent", 32768, 32768, 256),
-    Case("ntxent", 4096, 4096, 128, "float32"),
-    Case("clip", 8192, 8192, 512),
     Case("clip", 65536, 65536, 512),
     Case("moco", 4096, 65536, 128),
+    Case("ntxent", 32768, 32768, 256),
+    Case("ntxent", 256, 256, 128),
+    Case("ntxent", 4096, 4096, 128),
+    Case("ntxent", 4096, 4096, 128, "float32"),
+    Case("clip", 8192, 8192, 512),
 )
-SMALL = (Case("ntxent", 200, 200, 128), Case("clip", 300, 300, 512), Case("moco", 200, 500, 128))
+# Every kernel: symmetric and not, either form, and at temperature 0.01 the running maximum.
+SMALL = (
+    Case("ntxent", 200, 200, 128),
+    Case("clip", 300, 300, 128),
+    Case("clip", 300, 300, 512),
+    Case("moco", 200, 500, 128),
+    Case("ntxent", 100, 100, 48, "float32"),
+)
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -101,23 +109,31 @@ compiled = torch.compile(eager, dynamic=False)
 
 
 def ours(loss: str, rows: list[Tensor], form: str | None = None) -> Tensor:
-    t, choose = TEMPERATURE[loss], tuning.form
+    """`form` is forced by `forced`, for the backward pass too."""
+    t = TEMPERATURE[loss]
+    if loss == "ntxent":
+        return sslfast.ntxent_loss(*rows, t, normalize=False)
+    if loss == "clip":
+        return sslfast.info_nce_loss(*rows, temperature=t, normalize=False, symmetric=True)
+    q, k, queue = rows
+    lse = sslfast.similarity_lse(q, queue, scale=1 / t)
+    return F.softplus(lse - (q.float() * k.float()).sum(1) / t).mean()
+
+
+@contextlib.contextmanager
+def forced(call: Callable) -> Iterator[None]:
+    """The form that an implementation names, forward and backward."""
+    form, choose = getattr(call, "keywords", {}).get("form"), tuning.form
     if form:
         tuning.form = lambda *args: form
     try:
-        if loss == "ntxent":
-            return sslfast.ntxent_loss(*rows, t, normalize=False)
-        if loss == "clip":
-            return sslfast.info_nce_loss(*rows, temperature=t, normalize=False, symmetric=True)
-        q, k, queue = rows
-        lse = sslfast.similarity_lse(q, queue, scale=1 / t)
-        return F.softplus(lse - (q.float() * k.float()).sum(1) / t).mean()
+        yield
     finally:
         tuning.form = choose
 
 
 class _ChunkedClip(torch.autograd.Function):
-    """CLIP in row chunks with cuBLAS alone: 1 product forward, 3 backward, elementwise passes over chunks."""
+    """CLIP in row chunks in plain PyTorch: 1 product forward, 3 backward, elementwise passes over chunks."""
 
     @staticmethod
     def forward(ctx, a, b, t, rows):
@@ -153,7 +169,7 @@ def _mm(x: Tensor, y: Tensor) -> Tensor:
     return x @ y if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
 
 
-def chunked_cublas(loss: str, rows: list[Tensor]) -> Tensor:
+def chunked_torch(loss: str, rows: list[Tensor]) -> Tensor:
     return _ChunkedClip.apply(*rows, TEMPERATURE[loss], 2048)
 
 
@@ -192,7 +208,7 @@ def implementations(case: Case) -> dict[str, Callable]:
     if case.loss != "moco":
         found["sslfast chunked"] = functools.partial(ours, form="chunked")
     if case.loss == "clip":
-        found["chunked cuBLAS"] = chunked_cublas
+        found["chunked torch"] = chunked_torch
         for name, peer in (("memeff", memeff), ("inf_cl", inf_cl), ("cut_cross_entropy", cce_exact)):
             if importlib.util.find_spec(name):
                 found[name] = peer
@@ -246,8 +262,9 @@ def truth(case: Case, rows: list[Tensor]) -> tuple[float, list[Tensor]]:
 
 def value_and_gradients(call: Callable, case: Case, rows: list[Tensor]) -> tuple[float, list[Tensor]]:
     x = leaves(case, rows)
-    value = call(case.loss, x)
-    value.backward()
+    with forced(call):
+        value = call(case.loss, x)
+        value.backward()
     return value.item(), [r.grad for r in x if r.requires_grad]
 
 
@@ -298,11 +315,15 @@ def peak_memory(run: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run_case(case: Case, ceilings: dict[str, float], only_check: bool = False) -> list[dict]:
+def run_case(case: Case, ceilings: dict[str, float], only_ours: bool = False) -> list[dict]:
+    """Results of every implementation; only_ours: of ours, checked and not timed."""
+    torch._dynamo.reset()
     rows = inputs_of(case)
     true = truth(case, rows)
     results, runs = [], {}
     for name, call in implementations(case).items():
+        if only_ours and not name.startswith("sslfast"):
+            continue
         result = {**asdict(case), "name": name}
         results.append(result)
         try:
@@ -326,10 +347,11 @@ def run_case(case: Case, ceilings: dict[str, float], only_check: bool = False) -
         def run(call: Callable = call, x: list[Tensor] = x) -> None:
             for r in x:
                 r.grad = None
-            call(case.loss, x).backward()
+            with forced(call):
+                call(case.loss, x).backward()
 
         runs[name] = run
-    if only_check:
+    if only_ours:
         return results
     del true
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -349,50 +371,57 @@ def run_case(case: Case, ceilings: dict[str, float], only_check: bool = False) -
 
 
 def show(results: list[dict]) -> None:
-    head = (
-        "loss",
-        "M",
-        "N",
-        "D",
-        "dtype",
-        "implementation",
-        "ms",
-        "x sslfast",
-        "x floor",
-        "MiB",
-        "loss err",
-        "1-cos",
-    )
-    print("{:7}{:>6}{:>6}{:>4} {:9}{:18}{:>10}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head))
+    """One line per implementation."""
     for r in results:
-        start = f"{r['loss']:7}{r['m']:>6}{r['n']:>6}{r['d']:>4} {r['dtype']:9}{r['name']:18}"
+        start = f"{r['loss']:7}{r['m']:>6} x{r['n']:>6} {r['d']:>4} {r['dtype']:9}{r['name']:18}"
         if "ms" in r:
-            print(f"{start}{r['ms']:>10.3f}{r['speedup']:>10.2f}{r['times_floor']:>8.2f}{r['peak_mib']:>9.0f}"
-                  f"{r['loss_error']:>9.1e}{r['one_minus_cosine']:>9.1e}")  # fmt: skip
+            print(
+                f"{start}{r['ms']:>10.3f} ms {r['speedup']:>7.2f} x sslfast {r['times_floor']:>6.2f} x floor "
+                f"{r['peak_mib']:>8.0f} MiB, loss error {r['loss_error']:.1e}, "
+                f"1-cos {r['one_minus_cosine']:.1e}"
+            )
         else:
-            print(start, r.get("why_not_timed", "checked"))
+            print(start, r.get("why_not_timed", f"checked, 1-cos {r['one_minus_cosine']:.1e}"))
+
+
+def summary(results: list[dict]) -> None:
+    """One line per case: ours, and how many times longer the others take."""
+    cases = {(r["loss"], r["m"], r["n"], r["d"], r["dtype"]): {} for r in results}
+    for r in results:
+        if "ms" in r:
+            cases[r["loss"], r["m"], r["n"], r["d"], r["dtype"]][r["name"]] = r
+    for (loss, m, n, d, dtype), by_name in cases.items():
+        if "sslfast" not in by_name:
+            continue
+        mine = by_name["sslfast"]
+        others = ", ".join(f"{k} {r['speedup']:.2f}x" for k, r in by_name.items() if k != "sslfast")
+        print(
+            f"{loss} {m} x {n}, D={d}, {dtype}: {mine['ms']:.3f} ms, {mine['times_floor']:.2f} x floor; "
+            + others
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json-out", type=Path, help="a file, or a folder that gets <device>/gpu.json")
     parser.add_argument(
-        "--quick", action="store_true", help="small cases, checked and not timed: every kernel once"
+        "--quick", action="store_true", help="small cases of ours, checked: every kernel once"
     )
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.quick:
-        show(
-            [
-                r
-                for case in SMALL
-                for r in run_case(case, {}, only_check=True)
-                if r["name"].startswith("sslfast")
-            ]
-        )
+        tuning.SMALL = 0
+        for temperature in (None, 0.01):
+            TEMPERATURE.update(dict.fromkeys(TEMPERATURE, temperature) if temperature else {})
+            for case in SMALL:
+                show(run_case(case, {}, only_ours=True))
         return
     device = torch.cuda.get_device_name()
     ceilings = rates()
+    print(
+        f"{device}: bfloat16 product {ceilings['bfloat16_tflops']:.0f} TFLOP/s, float32 "
+        f"{ceilings['float32_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gbps']:.0f} GB/s"
+    )
     whole = {
         "device": device, "torch": torch.__version__, "triton": triton.__version__,
         "sslfast": sslfast.__version__, "python": platform.python_version(), "temperature": TEMPERATURE,
@@ -402,16 +431,17 @@ def main() -> None:
     if path and path.suffix != ".json":
         path = path / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") / "gpu.json"
     for case in CASES:
-        whole["results"] += run_case(case, ceilings)
-        if path:  # after every case: a run that is cut off keeps what it measured
+        results = run_case(case, ceilings)
+        show(results)  # at once, and kept at once: a run that is cut off loses nothing
+        whole["results"] += results
+        if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps(whole, indent=1) + "\n")
             part.replace(path)
         torch.cuda.empty_cache()
-    print(f"{device}: bfloat16 product {ceilings['bfloat16_tflops']:.0f} TFLOP/s, float32 "
-          f"{ceilings['float32_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gbps']:.0f} GB/s")  # fmt: skip
-    show(whole["results"])
+    print()
+    summary(whole["results"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import tyro
-from sslfast.kernels import similarity_lse, similarity_lse_tiles, tuning
+from sslfast.kernels import similarity_lse, similarity_lse_rows, similarity_lse_tiles, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -80,6 +80,7 @@ KERNELS: dict[str, tuple[str, object, dict]] = {
         {**_TWO_SIDED, **_GRAD, "H": True, "DSCALE": False, "X_BIASED": True, "DBIAS": True},
     ),
 }  # fmt: skip
+NARROW = ("sums: NT-Xent", "expect: MoCo", "grad: NT-Xent")
 _TILES = {**_TWO_SIDED, "BIASED": True}
 EPILOGUES: dict[str, tuple[object, dict]] = {
     "tile_sums": (similarity_lse_tiles.tile_sums, {**_TILES, "COLS": True}),
@@ -87,6 +88,19 @@ EPILOGUES: dict[str, tuple[object, dict]] = {
         similarity_lse_tiles.tile_weights,
         {**_TILES, "C_TERM": True, "DBIAS": False, "GAIN": 0},
     ),
+}
+
+
+_SIDES = {"A_COPY": True, "B_COPY": True, "IDS": True, "G": True, "H": True, "BIASED": True}
+_MERGE = {"TWO": True, "SUMS": True, "BIASED": True}
+ROWS: dict[str, tuple[object, dict, int]] = {
+    "pack": (similarity_lse_rows.pack, {**_SIDES, "D": 64}, 8),
+    "weights": (similarity_lse_rows.weights, {"TWO": True, "H": True, "ROWS": 128}, 4),
+    "merge": (similarity_lse_rows.merge, {**_MERGE, "MEAN": False, "ROWS": 128, "D": 128}, 4),
+    "merge: MoCo": (similarity_lse_rows.merge, {**_MERGE, "MEAN": True, "ROWS": 16, "D": 128}, 4),
+    "tile_merge": (similarity_lse_tiles.tile_merge, {"ROWS": 128}, 4),
+    "tile_lse": (similarity_lse_tiles.tile_lse, {"ROWS": 128}, 4),
+    "upstream_unit": (similarity_lse_tiles.upstream_unit, {"H": True, "GAIN": 0}, 4),
 }
 
 
@@ -131,6 +145,15 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
                 found += [
                     Job(name, arch, dtype, width, tile) for name, (v, *_) in KERNELS.items() if v == variant
                 ]
+    for arch in archs:
+        found += [
+            Job(name, arch, "bf16", 0, tuning.Tile(0, 0, warps, 3)) for name, (*_, warps) in ROWS.items()
+        ]
+        for name, (variant, *_) in KERNELS.items():  # narrow rows share the tile of 128
+            narrow = (64,) if quick else (16, 32, 64)
+            if "bf16" in dtypes and (not quick or name in NARROW):
+                tiles = [(width, tuning.default_tile(variant, width, 2, arch)) for width in narrow]
+                found += [Job(name, arch, "bf16", width, tile) for width, tile in tiles]
     return found + [
         Job(name, arch, dtype, 0, tuning.EPILOGUE)
         for name in EPILOGUES
@@ -142,17 +165,23 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
 
 def compiled(job: Job):
     """The kernel as Triton compiles it for a call with aligned rows."""
-    if job.name in EPILOGUES:
+    if job.name in ROWS:
+        function, flags, _ = ROWS[job.name]
+    elif job.name in EPILOGUES:
         function, flags = EPILOGUES[job.name]
         flags = {**flags, "R": job.tile.x, "C": job.tile.y}
     else:
         _, function, flags = KERNELS[job.name]
         flags = {**flags, "X": job.tile.x, "Y": job.tile.y, "D": job.width}
         flags["PRECISION"] = "tf32x3" if job.dtype == "fp32" else "tf32"
-        if "X_TERM" in flags:  # grad
-            flags["GAIN"], flags["AHEAD"] = 14 if job.dtype == "fp16" else 0, job.tile.ahead
+        if "GAIN" in function.arg_names:
+            flags["GAIN"] = 14 if job.dtype == "fp16" else 0
+        if "AHEAD" in function.arg_names:
+            flags["AHEAD"] = job.tile.ahead
     signature, aligned = {}, {}
-    rows = {"x_ptr", "y_ptr", "dx_ptr"} | ({"out_ptr"} if job.name in EPILOGUES else set())
+    rows = {"x_ptr", "y_ptr", "dx_ptr", "a_ptr", "b_ptr", "a_packed_ptr", "b_packed_ptr"} | (
+        {"out_ptr"} if job.name in EPILOGUES else set()
+    )
     for i, name in enumerate(function.arg_names):
         if name in flags:
             signature[name] = "constexpr"
@@ -374,7 +403,8 @@ def main(
         json_out: where to write reports and predictions.
         archs: compute capabilities times ten.
         dtypes: of the rows.
-        quick: leave out fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion.
+        quick: leave out fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion, and
+            most of the narrow rows that share the tile of 128.
     """
     # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -27,6 +27,8 @@ from sslfast.kernels.similarity_lse_rows import (
     _upstream_unit,
 )
 
+COUNTS = ("nx", "ny", "slots", "x_supers")  # vary from batch to batch: not worth a kernel each
+
 
 @triton.jit
 def _super_tile(p, x_supers, UPPER: tl.constexpr):
@@ -42,7 +44,7 @@ def _super_tile(p, x_supers, UPPER: tl.constexpr):
     return p % x_supers, p // x_supers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums(
     x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr, offset_ptr,
     scale_ptr, state_ptr, slots, own_ptr, streamed_ptr, x_span, y_span, x_supers, TWO: tl.constexpr,
@@ -100,12 +102,13 @@ def sums(
         tl.store(own_ptr + tl.cast(y_super, tl.int64) * x_padded + x0 + xs, tl.sum(tl.sum(own, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attend(
     x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr, offset_ptr,
     scale_ptr, state_ptr, slots, top_ptr, total_ptr, mean_ptr, y_span, TWO: tl.constexpr,
     ALWAYS: tl.constexpr, MEAN: tl.constexpr, SELF: tl.constexpr, BIASED: tl.constexpr, IDS: tl.constexpr,
-    SAME: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, GAIN: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (x blocks, y spans). Per x: top = max_y t and total = sum_y 2^(t - top), [y span, x_padded]; with
     MEAN also sum_y 2^(t - top) y, [y span, x_padded, D]. Unless ALWAYS, only where `sums` did not serve."""
@@ -145,13 +148,15 @@ def attend(
         e = tl.exp2(t - base[:, None])
         total = total * fade + tl.sum(e, 1)
         if MEAN:
+            if GAIN:  # float16 has no room for small shares of the sum
+                e *= 2.0**GAIN
             mean = _dot(_to(e, y.dtype), y, mean * fade[:, None], PRECISION)
         top = new_top
     place = tl.cast(tl.program_id(1), tl.int64) * x_padded + x0
     tl.store(top_ptr + place + xs, top)
     tl.store(total_ptr + place + xs, total)
     if MEAN:
-        tl.store(mean_ptr + place * D + (xs[:, None] * D + d[None, :]), mean)
+        tl.store(mean_ptr + place * D + (xs[:, None] * D + d[None, :]), mean * 2.0**-GAIN)
 
 
 @triton.jit
@@ -240,7 +245,7 @@ def _grad(
     tl.store(dx_ptr + (xs[:, None] * dim + d[None, :]), dx, (r < nx)[:, None] & (d < dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad(
     x_ptr, y_ptr, nx, ny, x_padded, y_padded, x_ids_ptr, y_ids_ptr, x_ranges_ptr, y_ranges_ptr, offset_ptr,
     scale_ptr, state_ptr, slots, x_coef_ptr, x_lse_ptr, y_coef_ptr, y_lse_ptr, dx_ptr, dscale_ptr, dbias_ptr,
@@ -251,8 +256,8 @@ def grad(
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (x blocks, y spans). dx [y span, nx, dim] = scale sum_y G_xy y; dscale [y span, nx] = <x,
-    sum_y G_xy y>; dbias [y span, nx] = sum_y G_xy. The ranges part before the loops and meet no more: where two
-    loops shared their sums, the compiler made the matrix units wait after every instruction."""
+    sum_y G_xy y>; dbias [y span, nx] = sum_y G_xy. The ranges part before the loops and meet no more: where
+    two loops shared their sums, the compiler made the matrix units wait after every instruction."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
     if safe:
         _grad(

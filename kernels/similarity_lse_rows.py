@@ -159,7 +159,7 @@ def _pack(
     tl.store(state_ptr + (GRAD + side) * SLOTS + p, largest_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n", "g_stride", "h_stride", "bias_stride"))
 def pack(
     a_ptr, a_row_stride, a_col_stride, a_packed_ptr, m, a_padded, a_ids_ptr, a_ranges_ptr, g_ptr, g_stride,
     b_ptr, b_row_stride, b_col_stride, b_packed_ptr, n, b_padded, b_ids_ptr, b_ranges_ptr, h_ptr, h_stride,
@@ -181,7 +181,7 @@ def pack(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "parts", "tops", "slots"))
 def merge(
     out_ptr, rows, padded, sums_ptr, parts, top_ptr, total_ptr, mean_ptr, tops, mean_out_ptr,
     offset_ptr, scale_ptr, state_ptr, slots, dim,
@@ -235,7 +235,7 @@ def _weigh(g_ptr, g_stride, lse_ptr, rows, padded, coef_ptr, lse2_ptr, unit, saf
     tl.store(lse2_ptr + r, tl.where(empty, 0.0, lse), r < padded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n", "slots", "g_stride", "h_stride"))
 def weights(
     g_ptr, g_stride, row_ptr, m, a_padded, a_coef_ptr, a_lse_ptr, h_ptr, h_stride, col_ptr, n, b_padded,
     b_coef_ptr, b_lse_ptr, scale_ptr, state_ptr, slots, TWO: tl.constexpr, H: tl.constexpr,

@@ -36,7 +36,7 @@ def _touched(
     return touched
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("r_first", "r_end", "c_first", "c_end", "slots"))
 def tile_sums(
     tile_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr,
     a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, row_ptr, row_slot, col_ptr, col_slot,
@@ -95,7 +95,7 @@ def _fold(top_ptr, total_ptr, part_ptr, part_slot, parts, i, count):
     tl.store(total_ptr + i, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "cols", "row_parts", "col_parts", "row_programs"))
 def tile_merge(
     row_top_ptr, row_total_ptr, row_ptr, row_slot, row_parts, rows, row_programs, col_top_ptr, col_total_ptr,
     col_ptr, col_slot, col_parts, cols, ROWS: tl.constexpr,
@@ -110,7 +110,7 @@ def tile_merge(
         _fold(col_top_ptr, col_total_ptr, col_ptr, col_slot, col_parts, (p - row_programs) * ROWS + i, cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def tile_lse(out_ptr, top_ptr, total_ptr, rows, ROWS: tl.constexpr):
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.load(top_ptr + i, i < rows, other=0.0)
@@ -118,7 +118,7 @@ def tile_lse(out_ptr, top_ptr, total_ptr, rows, ROWS: tl.constexpr):
     tl.store(out_ptr + i, (tl.log2(total) + _or_zero(top)) * LN2, i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("r_first", "r_end", "c_first", "c_end", "slots"))
 def tile_weights(
     tile_ptr, out_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr,
     a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, r_coef_ptr, r_lse_ptr, c_coef_ptr,
@@ -152,7 +152,7 @@ def tile_weights(
         tl.store(dbias_ptr + tl.program_id(1) * col_slot + ci, tl.sum(w, 0), c < c_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots",))
 def upstream_unit(out_ptr, scale_ptr, state_ptr, slots, H: tl.constexpr, GAIN: tl.constexpr):
     """out = (unit of the upstream gradients / 2^GAIN, that times scale): what G's products lack."""
     unit = _upstream_unit(state_ptr, slots, H) * tl.exp2(tl.full([], -GAIN, tl.float32))

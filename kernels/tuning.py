@@ -62,6 +62,10 @@ EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
     (90, "grad", 4, 64): Tile(64, 32, 4, 2),
 }
 
+# Where the chunked form serves though the flash form could: (architecture, "self" or "pair", bytes, width) to
+# "chunked". None until a measurement says so.
+FORMS: dict[tuple[int, str, int, int], str] = {}
+
 # What `sslfast tune` tries beside the table's choice.
 CANDIDATES = (
     Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4),
@@ -88,11 +92,13 @@ def fits(d: int, itemsize: int) -> bool:
     return any(size == itemsize and padded_dim(d) <= widest for size, widest in FLASH)
 
 
-def form(d: int, dtype: torch.dtype, device: torch.device) -> str:
-    """ "flash" or "chunked"."""
+def form(variant: str, d: int, dtype: torch.dtype, device: torch.device) -> str:
+    """ "flash" or "chunked", for variant "self" or "pair": the user's own measurement, or the table's."""
     if not fits(d, dtype.itemsize):
         return "chunked"
-    return str(chosen(device).get(key("form", padded_dim(d), dtype.itemsize), "flash"))
+    width, size = padded_dim(d), dtype.itemsize
+    default = FORMS.get((architecture(device), variant, size, width), "flash")
+    return str(chosen(device).get(key(f"form {variant}", width, size), default))
 
 
 def tile(variant: str, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -160,15 +166,18 @@ def chosen(device: torch.device) -> dict:
 def _read(device: torch.device) -> dict:
     path = cache_path(device)
     try:
-        found = json.loads(path.read_text())["choices"]
+        whole = json.loads(path.read_text())
+        found = whole["choices"]
+        if whole["triton"] != _triton_version():  # its compiler may fit other tiles
+            return {}
         for key, value in found.items():
             name = key.split("/")[0]
-            if name == "form":
+            if name in ("form self", "form pair"):
                 good = value in ("flash", "chunked")
             elif name in VARIANTS:
                 good = _is_tile(value)
             else:
-                good = name == "chunk" and len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+                good = name == "chunk" and len(value) == 2 and all(x > 0 and x % PADDING == 0 for x in value)
             if not good:
                 raise ValueError(f"{key}: {value}")
         return found
@@ -181,17 +190,28 @@ def _read(device: torch.device) -> dict:
         return {}
 
 
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def _is_tile(value: list) -> bool:
     x, y, warps, stages, ahead = value
     sizes = all(type(size) is int and size > 0 for size in value[:4])
-    return sizes and not (PADDING % x or PADDING % y or warps & (warps - 1)) and type(ahead) is bool
+    fit = min(x, y) >= 16 and PADDING % x == PADDING % y == warps & (warps - 1) == 0
+    return sizes and fit and type(ahead) is bool
 
 
 def keep(device: torch.device, choices: dict) -> Path:
     """Writes measured choices, beside those of other shapes, and makes them take effect."""
     path = cache_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"device": torch.cuda.get_device_name(device), "choices": {**_read(device), **choices}}
+    whole = {
+        "device": torch.cuda.get_device_name(device),
+        "triton": _triton_version(),
+        "choices": {**_read(device), **choices},
+    }
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(whole, indent=1) + "\n")
     part.replace(path)

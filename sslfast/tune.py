@@ -45,6 +45,10 @@ def measure(d: int, dtype: torch.dtype, rows: int, device: torch.device) -> Iter
         row = similarity_lse(z, scale=10.0)
         return [row.detach(), *torch.autograd.grad(row.sum(), z)]
 
+    def train_pair() -> list[Tensor]:
+        row, col = similarity_lse(z, z.detach().requires_grad_(), scale=10.0, return_cols=True)
+        return [row.detach(), *torch.autograd.grad(row.sum() + col.sum(), z)]
+
     def forward(scale: float) -> list[Tensor]:
         with torch.no_grad():
             return [similarity_lse(z, scale=scale)]
@@ -63,9 +67,10 @@ def measure(d: int, dtype: torch.dtype, rows: int, device: torch.device) -> Iter
             tiles = [default, *(tile for tile in tuning.CANDIDATES if tile != default)]
             best[key] = list(_fastest(f"{what} {variant}", key, tiles, call, best))
             yield key, best[key]
-        key = tuning.key("form", width, size)
-        best[key] = _fastest(f"{what} form", key, ["flash", "chunked"], train, best)
-        yield key, best[key]
+        for variant, call in (("form self", train), ("form pair", train_pair)):
+            key = tuning.key(variant, width, size)
+            best[key] = _fastest(f"{what} {variant}", key, ["flash", "chunked"], call, best)
+            yield key, best[key]
     else:
         yield "chunk", list(_fastest(f"{what} chunk", "chunk", list(tuning.CHUNKS), train, best))
 
@@ -84,8 +89,9 @@ def _fastest(what: str, key: str, choices: list, call: Callable[[], list[Tensor]
                 agrees = all(_close(x, y) for x, y in zip(result, expected, strict=True))
                 if agrees:
                     times[choice] = triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError, RuntimeError):
-            if choice == choices[0]:
+        except (triton.errors.TritonError, torch.cuda.OutOfMemoryError, RuntimeError) as error:
+            # A candidate may not fit or not compile; a broken device is no candidate's property.
+            if choice == choices[0] or "CUDA error" in str(error):
                 raise
         finally:
             tuning.trial = {}

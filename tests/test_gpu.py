@@ -30,12 +30,18 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=_id)
-@pytest.mark.parametrize("case", CASES[OP], ids=_id)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        (case, dtype)
+        for dtype, every in ((torch.bfloat16, 1), (torch.float32, 3), (torch.float16, 4))
+        for case in CASES[OP][::every]
+        if dtype in case.dtypes
+    ],
+    ids=_id,
+)
 def test_case_in_every_form(case, dtype, monkeypatch):
     """Whatever the table would choose: sums and running maximum for the narrow rows, and the chunked form."""
-    if dtype not in case.dtypes:
-        return
     for name in ["chunked"] + ["flash"] * tuning.fits(case.d, dtype.itemsize):
         use_form(name, monkeypatch)
         inputs = case.inputs(dtype, "cuda", seed=5)
@@ -107,10 +113,15 @@ def test_no_host_read_and_cuda_graph(form):
 def test_any_stream(form):
     inputs = BY_NAME["many tiles"].inputs(torch.bfloat16, "cuda")
     expected = _results(inputs)
+    late = {k: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = _results(inputs)
+    with torch.cuda.stream(stream):  # on any other stream the kernels would see zeros
+        torch.cuda._sleep(50_000_000)
+        for k, x in inputs.items():
+            if isinstance(x, torch.Tensor):
+                late[k].copy_(x)
+        found = _results(late)
     stream.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
@@ -132,6 +143,8 @@ def test_compile(form):
     scale = torch.tensor(0.1, device="cuda", requires_grad=True)
     fast = torch.compile(loss, fullgraph=True)(z, scale)
     torch.testing.assert_close(fast, loss(z, scale))
+    queries = torch.compile(lambda q, k: similarity_lse(q, k, scale=0.1).sum(), fullgraph=True)
+    torch.testing.assert_close(queries(z, z.detach()), similarity_lse(z, z.detach(), scale=0.1).sum())
     for x, y in zip(
         torch.autograd.grad(fast, (z, scale)), torch.autograd.grad(loss(z, scale), (z, scale)), strict=True
     ):
@@ -151,8 +164,9 @@ def test_more_than_2_to_the_31_logits(temperature, form):
     assert torch.cuda.max_memory_allocated() - before < (40 * m * d * 4 if form == "flash" else 2**28)
     x, some = z.detach().double(), torch.tensor([0, 1, 4095, 32768, m - 2, m - 1], device="cuda")
     logits = x[some] @ x.T / temperature
+    largest = logits.abs().max().item()
     logits[torch.arange(len(some)), some] = -torch.inf
-    torch.testing.assert_close(row[some].double(), logits.logsumexp(1), rtol=0, atol=2e-5)
+    torch.testing.assert_close(row[some].double(), logits.logsumexp(1), rtol=0, atol=4e-7 * largest + 2e-6)
     g = logits.softmax(1) + (logits - row.detach().double()).exp()
     expected = g @ x / temperature
     error = (z.grad[some].double() - expected).norm() / expected.norm()

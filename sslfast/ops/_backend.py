@@ -21,11 +21,11 @@ _forced: str | None = None  # the name of the last of them
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend of one op: its entry points, and why it cannot serve a device type and dtype, if so."""
+    """One backend of one op: its entry points, and why it cannot serve a device and dtype, if so."""
 
     forward: Callable
     backward: Callable
-    refuses: Callable[[str, torch.dtype], str | None]
+    refuses: Callable[[torch.device, torch.dtype], str | None]
 
 
 _registered: dict[str, dict[str, Backend]] = {}
@@ -76,24 +76,25 @@ def forced() -> str | None:
     return _forced
 
 
-def why_not(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(op: str, name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why `name` cannot serve `op` for this device and dtype; None where it can."""
     if name == "reference":
         return None
     if name not in _registered.get(op, {}):
         return "this op has no such backend"
-    return _registered[op][name].refuses(device_type, dtype)
+    return _registered[op][name].refuses(torch.device(device), dtype)
 
 
-def resolve(op: str, device_type: str, dtype: torch.dtype) -> str:
+def resolve(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that serves `op` for tensors of this device and dtype now."""
+    device = torch.device(device)
     if _forced is not None:
-        reason = why_not(op, _forced, device_type, dtype)
+        reason = why_not(op, _forced, device, dtype)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {_forced!r} cannot serve {dtype} on {device_type}: {reason}")
+            raise RuntimeError(f"{op}: backend {_forced!r} cannot serve {dtype} on {device}: {reason}")
         return _forced
-    for name in PREFERENCE[op].get(device_type, ()):
-        if why_not(op, name, device_type, dtype) is None:
+    for name in PREFERENCE[op].get(device.type, ()):
+        if why_not(op, name, device, dtype) is None:
             return name
     return "reference"
 
@@ -109,20 +110,22 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if serves(name))
 
 
-def triton_refuses(device_type: str) -> str | None:
-    """Why Triton's kernels cannot serve tensors of this device type; None where they can."""
+def triton_refuses(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot serve tensors of this device; None where they can."""
     try:
         import triton
-
-        from sslfast.kernels import similarity_lse_rows as kernels
     except ImportError:
         return "triton is not installed"
-    if device_type == "cpu":
+    if not hasattr(triton, "knobs"):
+        return f"it needs Triton 3.6 or newer, got {triton.__version__}"
+    from sslfast.kernels import similarity_lse_rows as kernels
+
+    if device.type == "cpu":
         interpreted = not isinstance(kernels.pack, triton.JITFunction)
         return None if interpreted else "it serves CUDA tensors (and, under TRITON_INTERPRET=1, CPU tensors)"
-    if device_type != "cuda":
-        return f"it has no kernel for {device_type}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+    if device.type != "cuda":
+        return f"it has no kernel for {device.type}"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8:
         return "it needs a GPU of compute capability 8.0 or newer"
     return None
 

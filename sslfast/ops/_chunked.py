@@ -35,7 +35,6 @@ class GpuTiles:
         row_blocks, col_blocks = -(-rows // self._block.x), -(-cols // self._block.y)
         self._row_part, self._row_slot = scale.new_empty(2 * col_blocks * rows), rows
         self._col_part, self._col_slot = scale.new_empty(2 * row_blocks * cols), cols
-        self._gain = 14 if a.dtype == torch.float16 else 0
 
     def product(self, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         tile = self._buffer[: rows * cols].view(rows, cols)
@@ -122,7 +121,9 @@ class GpuTiles:
             self._col_weights = self._row_weights
         self._dbias = dbias
         self._unit = self._buffer.new_empty(2)
-        kernels.upstream_unit[(1,)](self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=self._gain)
+        kernels.upstream_unit[(1,)](
+            self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=self.problem.gain
+        )
 
     def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         place = (r0, rows, c0, cols)
@@ -131,7 +132,8 @@ class GpuTiles:
         c_weights = self._col_weights if self._col_weights is not None else self._row_weights
         self._launch(
             kernels.tile_weights, place, tile, out, *self._shared(*place), *self._row_weights, *c_weights,
-            self._col_part, self._col_slot, C_TERM=with_cols, DBIAS=self._dbias is not None, GAIN=self._gain,
+            self._col_part, self._col_slot, C_TERM=with_cols, DBIAS=self._dbias is not None,
+            GAIN=self.problem.gain,
         )  # fmt: skip
         if self._dbias is not None:
             blocks = -(-rows // self._block.x)

@@ -68,6 +68,7 @@ class Problem:
         self.slots = min(SLOTS, max(self.a.padded, self.b.padded) // GROUP)
         self.state = scale.new_empty(6, SLOTS)
         self.offset = None if bias is None else scale.new_empty(self.b.padded)
+        self.gain = 14 if a.dtype == torch.float16 else 0  # log2 of what keeps small weights normal numbers
         self.masks = {"SELF": b is None, "IDS": a_ids is not None, "SAME": same}
         self.common = {
             "D": self.width, "PRECISION": tuning.precision(a.dtype), "BIASED": bias is not None,
@@ -90,7 +91,7 @@ class Problem:
             *sides, bias, 0 if self.bias is None else bias.stride(0), self.or_state(self.offset), self.state,
             self.dim, self.width, A_COPY=self.a.copy, B_COPY=self.b.copy, IDS=self.masks["IDS"],
             G=self.g is not None, H=self.h is not None, BIASED=self.bias is not None,
-            D=min(tuning.padded_dim(self.dim), 256), num_warps=8,
+            D=min(tuning.padded_dim(self.dim), 64), num_warps=8,
         )  # fmt: skip
 
     def _pair(self, x: Side, y: Side) -> tuple[Any, ...]:
@@ -149,7 +150,7 @@ class Problem:
         common = {**self.common, "BIASED": self.bias is not None and y is self.b}
         kernels.attend[(blocks, spans)](
             *self._pair(x, y), top, total, self.or_state(mean), span, ALWAYS=always, MEAN=expect,
-            **self.masks, **common, **shape,
+            GAIN=self.gain, **self.masks, **common, **shape,
         )  # fmt: skip
         return top, total, mean
 
@@ -199,7 +200,7 @@ class Problem:
         if need_b or need_bias or (by_bias and need_a):
             db, _, dbias = self._grad(self.b, self.a, b_weights, a_weights, False, need_bias)
         if by_bias:
-            da, db = None if da is None or db is None else da.float() + db.float(), None
+            da, db = None if da is None or db is None else da + db, None
         return da if need_a else None, db if need_b else None, dscale, dbias
 
     def _grad(
@@ -209,7 +210,8 @@ class Problem:
         tile, shape = self._tile("grad")
         blocks = x.padded // tile.x
         span, spans = _spans(y.padded, -(-2 * self.sms // blocks))
-        dtype = x.x.dtype if spans == 1 else torch.float32
+        adds_up = self.two and self.masks["SELF"]  # with the gradient of the other side
+        dtype = x.x.dtype if spans == 1 and not adds_up else torch.float32
         dx = self.state.new_empty(spans, x.rows, self.dim, dtype=dtype)
         dscale = self.state.new_empty(spans, x.rows) if scale else None
         dbias = self.state.new_empty(spans, x.rows) if bias else None
@@ -220,7 +222,7 @@ class Problem:
             self.or_state(dscale), self.or_state(dbias), self.dim, span, H=self.h is not None,
             X_TERM=x_weights is not None, Y_TERM=y_weights is not None, X_BIASED=biased and x is self.b,
             Y_BIASED=biased and y is self.b, DSCALE=scale, DBIAS=bias,
-            GAIN=14 if x.x.dtype == torch.float16 else 0, **self.masks, **common, **shape,
+            GAIN=self.gain, **self.masks, **common, **shape,
         )  # fmt: skip
         return (
             dx[0] if spans == 1 else dx.sum(0),

@@ -121,13 +121,17 @@ def _cpu_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
     return _blocked.backward(tiles, g, h, row, col, needs)
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu":
+def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
         return "it serves CPU tensors"
     return None if dtype in FLOATS else f"it has no kernel for {dtype}"
 
 
 _backend.register("similarity_lse", "cpu", _backend.Backend(_cpu_forward, _cpu_backward, _cpu_refuses))
+
+
+def _triton_form(a, b):
+    return tuning.form("self" if b is None else "pair", a.shape[1], a.dtype, a.device)
 
 
 def _triton_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
@@ -138,7 +142,7 @@ def _triton_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
         row, col = (scale.new_full((size,), -torch.inf) for size in (m, n if return_cols else 0))
         return row, col, scale.new_zeros(a.shape if expect else 0)
     with _backend.device_of(a):
-        if expect or tuning.form(a.shape[1], a.dtype, a.device) == "flash":
+        if expect or _triton_form(a, b) == "flash":
             return _flash.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect)
         return *_chunked.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols), scale.new_empty(0)
 
@@ -150,12 +154,12 @@ def _triton_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, need
         inputs = zip((a, b, scale, bias), needs, strict=True)
         return tuple(torch.zeros_like(x) if need and x is not None else None for x, need in inputs)
     with _backend.device_of(a):
-        form = _flash if tuning.form(a.shape[1], a.dtype, a.device) == "flash" else _chunked
+        form = _flash if _triton_form(a, b) == "flash" else _chunked
         return form.backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs)
 
 
-def _triton_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    return _backend.triton_refuses(device_type) or (
+def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _backend.triton_refuses(device) or (
         None if dtype in FLOATS and dtype != torch.float64 else f"it has no kernel for {dtype}"
     )
 
@@ -266,7 +270,7 @@ def similarity_lse(
     a, b = _autocast(a, b)
     scale = _check(a, b, scale, bias, a_ids, b_ids, pairs)
     same = pairs == "same"
-    backend = _backend.resolve("similarity_lse", a.device.type, a.dtype)
+    backend = _backend.resolve("similarity_lse", a.device, a.dtype)
     if backend == "reference":
         return reference(a, b, scale, bias, a_ids, b_ids, same, return_cols)
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
