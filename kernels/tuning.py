@@ -55,6 +55,8 @@ FLASH: dict[tuple[int, int], dict[str, Tile]] = {
 }
 # Where an architecture wants another tile: (architecture, variant, bytes, widest rows).
 EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
+    (90, "sums", 2, 128): Tile(128, 64, 4, 3),  # two programs share a multiprocessor and overlap its units
+    (90, "expect", 2, 128): Tile(64, 64, 4, 3),  # three do
     (90, "grad", 2, 128): Tile(128, 64, 8, 3, ahead=True),
     (90, "grad", 2, 256): Tile(64, 64, 8, 2, ahead=True),
     (120, "attend", 2, 128): Tile(128, 64, 8, 2),
