@@ -13,7 +13,7 @@ demo: $(READY)
 # Triton's interpreter uses one core: those tests run two at a time, one thread each.
 test: $(READY)
 	$(BIN)/pytest -m "not accuracy and not interpreted"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted tests/test_triton.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted tests/test_triton.py tests/test_triton_tuning.py
 
 accuracy: $(READY)
 	$(BIN)/pytest -m accuracy -s

@@ -21,9 +21,10 @@ from sslfast.kernels.similarity_lse_rows import (
     _allowed,
     _bound,
     _dot,
-    _id_range,
     _or_zero,
+    _own_ids,
     _to,
+    _touched,
     _upstream_unit,
 )
 
@@ -69,25 +70,16 @@ def sums(
         if BOTH:
             tl.debug_barrier()  # no other program touches these sums; threads of this one take turns
         x = tl.load(x_ptr + tl.cast(x0, tl.int64) * D + (xs[:, None] * D + d[None, :]))
-        if IDS and not SAME:
-            x_low, x_high = _id_range(x_ranges_ptr, x_padded, x0, X)
+        x_low, x_high = _own_ids(x_ranges_ptr, x_padded, x0, IDS, SAME, X)
         # Sums over y stay apart by warp and lane until the end: adding across lanes costs more than the
         # powers do.
         own = tl.zeros([Y // 16, 8, X], tl.float32)
         y_end = tl.minimum(y_last, x0 + X) if UPPER else y_last
         for y0 in range(y_first, y_end, Y):
             y = tl.load(y_ptr + tl.cast(y0, tl.int64) * D + (ys[:, None] * D + d[None, :]))
-            touched = (x0 + X > nx) | (y0 + Y > ny)
-            if UPPER:
-                touched |= y0 + Y > x0
-            elif SELF:
-                touched |= (y0 < x0 + X) & (x0 < y0 + Y)
-            if IDS:
-                if SAME:
-                    touched = touched | True
-                else:
-                    low, high = _id_range(y_ranges_ptr, y_padded, y0, Y)
-                    touched |= (x_low <= high) & (low <= x_high)
+            touched = _touched(
+                x0, y0, nx, ny, x_low, x_high, y_ranges_ptr, y_padded, SELF, UPPER, IDS, SAME, X, Y
+            )
             t = _dot(y, x.T, None, PRECISION) * factor
             if BIASED:
                 t += tl.load(offset_ptr + y0 + ys)[:, None]
@@ -119,23 +111,16 @@ def attend(
     y_last = tl.minimum(y_first + y_span, y_padded)
     d, xs, ys = tl.arange(0, D), tl.arange(0, X), tl.arange(0, Y)
     x = tl.load(x_ptr + tl.cast(x0, tl.int64) * D + (xs[:, None] * D + d[None, :]))
-    if IDS and not SAME:
-        x_low, x_high = _id_range(x_ranges_ptr, x_padded, x0, X)
+    x_low, x_high = _own_ids(x_ranges_ptr, x_padded, x0, IDS, SAME, X)
     top = tl.full([X], float("-inf"), tl.float32)
     total = tl.zeros([X], tl.float32)
     if MEAN:
         mean = tl.zeros([X, D], tl.float32)
     for y0 in range(y_first, y_last, Y):
         y = tl.load(y_ptr + tl.cast(y0, tl.int64) * D + (ys[:, None] * D + d[None, :]))
-        touched = y0 + Y > ny
-        if SELF:
-            touched |= (y0 < x0 + X) & (x0 < y0 + Y)
-        if IDS:
-            if SAME:
-                touched = touched | True
-            else:
-                low, high = _id_range(y_ranges_ptr, y_padded, y0, Y)
-                touched |= (x_low <= high) & (low <= x_high)
+        touched = _touched(
+            x0, y0, nx, ny, x_low, x_high, y_ranges_ptr, y_padded, SELF, False, IDS, SAME, X, Y
+        )
         t = _dot(x, y.T, None, PRECISION) * factor
         if BIASED:
             t += tl.load(offset_ptr + y0 + ys)[None, :]
@@ -180,8 +165,7 @@ def _grad(
         x_lse = tl.load(x_lse_ptr + r)
     if X_BIASED:
         x_offset = tl.load(offset_ptr + r)
-    if IDS and not SAME:
-        x_low, x_high = _id_range(x_ranges_ptr, x_padded, x0, X)
+    x_low, x_high = _own_ids(x_ranges_ptr, x_padded, x0, IDS, SAME, X)
     acc, total = tl.zeros([X, D], tl.float32), tl.zeros([X], tl.float32)  # both 2^GAIN times as large
     if AHEAD:  # the next tile's product runs on the matrix units while this one's powers are computed
         y = tl.load(y_ptr + tl.cast(y_first, tl.int64) * D + (ys[:, None] * D + d[None, :]))
@@ -194,15 +178,9 @@ def _grad(
         else:
             y = tl.load(y_ptr + tl.cast(y0, tl.int64) * D + (ys[:, None] * D + d[None, :]))
             s = _dot(x, y.T, None, PRECISION)
-        touched = (x0 + X > nx) | (y0 + Y > ny)
-        if SELF:
-            touched |= (y0 < x0 + X) & (x0 < y0 + Y)
-        if IDS:
-            if SAME:
-                touched = touched | True
-            else:
-                low, high = _id_range(y_ranges_ptr, y_padded, y0, Y)
-                touched |= (x_low <= high) & (low <= x_high)
+        touched = _touched(
+            x0, y0, nx, ny, x_low, x_high, y_ranges_ptr, y_padded, SELF, False, IDS, SAME, X, Y
+        )
         t = s * factor
         if Y_BIASED:
             t += (tl.load(offset_ptr + y0 + ys) + GAIN)[None, :]

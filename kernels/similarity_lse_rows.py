@@ -76,6 +76,36 @@ def _id_range(ranges_ptr, padded, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _own_ids(ranges_ptr, padded, first, IDS: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr):
+    """Lowest and highest id of a tile's own rows, for `_touched`."""
+    low, high = 0, 0
+    if IDS and not SAME:
+        low, high = _id_range(ranges_ptr, padded, first, BLOCK)
+    return low, high
+
+
+@triton.jit
+def _touched(
+    x0, y0, nx, ny, x_low, x_high, y_ranges_ptr, y_padded, SELF: tl.constexpr, UPPER: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile may hold pairs that do not count: at an edge, on the diagonal, of equal ids. y0 is a
+    multiple of GROUP or within one."""
+    touched = (x0 + X > nx) | (y0 + Y > ny)
+    if UPPER:  # pairs y < x count
+        touched |= y0 + Y > x0
+    elif SELF:
+        touched |= (y0 < x0 + X) & (x0 < y0 + Y)
+    if IDS:
+        if SAME:
+            touched = touched | True
+        else:
+            low, high = _id_range(y_ranges_ptr, y_padded, y0, Y)
+            touched |= (x_low <= high) & (low <= x_high)
+    return touched
+
+
+@triton.jit
 def _allowed(
     r, c, rows, cols, r_ids_ptr, c_ids_ptr,
     SELF: tl.constexpr, UPPER: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr,

@@ -10,30 +10,12 @@ from sslfast.kernels.similarity_lse_rows import (
     LN2,
     _allowed,
     _bound,
-    _id_range,
     _or_zero,
+    _own_ids,
     _to,
+    _touched,
     _upstream_unit,
 )
-
-
-@triton.jit
-def _touched(
-    r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_ptr,
-    SELF: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Whether a block of the matrix holds pairs that do not count. Its corner is a multiple of GROUP."""
-    touched = (r0 + R > r_end) | (c0 + C > c_end)
-    if SELF:
-        touched |= (r0 < c0 + C) & (c0 < r0 + R)
-    if IDS:
-        if SAME:
-            touched = touched | True
-        else:
-            a_low, a_high = _id_range(a_ranges_ptr, m_padded, r0, R)
-            b_low, b_high = _id_range(b_ranges_ptr, n_padded, c0, C)
-            touched |= (a_low <= b_high) & (b_low <= a_high)
-    return touched
 
 
 @triton.jit(do_not_specialize=("r_first", "r_end", "c_first", "c_end", "slots"))
@@ -53,7 +35,8 @@ def tile_sums(
     t = tl.load(tile_ptr + ri[:, None] * tile_stride + ci[None, :], inside, other=0.0) * factor
     if BIASED:
         t += tl.load(offset_ptr + c, c < c_end, other=0.0)[None, :]
-    if _touched(r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_ptr, SELF, IDS, SAME, R, C):
+    low, high = _own_ids(a_ranges_ptr, m_padded, r0, IDS, SAME, R)
+    if _touched(r0, c0, r_end, c_end, low, high, b_ranges_ptr, n_padded, SELF, False, IDS, SAME, R, C):
         ok = _allowed(r, c, r_end, c_end, a_ids_ptr, b_ids_ptr, SELF, False, IDS, SAME)
         t = tl.where(ok, t, float("-inf"))
     row_place = row_ptr + tl.program_id(0) * row_slot + ri
@@ -145,7 +128,8 @@ def tile_weights(
         w = tl.exp2(t - tl.load(r_lse_ptr + r, r < r_end, other=0.0)[:, None]) * r_coef
         if C_TERM:
             w += tl.exp2(t - tl.load(c_lse_ptr + c, c < c_end, other=0.0)[None, :]) * c_coef
-    if _touched(r0, c0, r_end, c_end, m_padded, n_padded, a_ranges_ptr, b_ranges_ptr, SELF, IDS, SAME, R, C):
+    low, high = _own_ids(a_ranges_ptr, m_padded, r0, IDS, SAME, R)
+    if _touched(r0, c0, r_end, c_end, low, high, b_ranges_ptr, n_padded, SELF, False, IDS, SAME, R, C):
         w = tl.where(_allowed(r, c, r_end, c_end, a_ids_ptr, b_ids_ptr, SELF, False, IDS, SAME), w, 0.0)
     tl.store(out_ptr + place, _to(w, out_ptr.dtype.element_ty), inside)
     if DBIAS:

@@ -1,4 +1,4 @@
-"""Helpers for Triton's interpreter: the order of a grid, and buffers with guards around them."""
+"""Helpers for Triton's interpreter: marks, the order of a grid, buffers with guards around them."""
 
 import contextlib
 import math
@@ -6,7 +6,37 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sslfast.kernels import tuning
 from torch import Tensor
+
+from sslfast.ops import _backend
+
+REASON = _backend.why_not("similarity_lse", "triton", "cpu", torch.float32)
+INTERPRETED = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(REASON is not None, reason=f"no interpreter: {REASON}"),
+]
+
+
+def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tiles for the interpreter, which takes milliseconds for each."""
+    monkeypatch.setattr(tuning, "EPILOGUE", tuning.Tile(256, 512, 4, 1))
+    monkeypatch.setattr(tuning, "default_tile", lambda *args: tuning.Tile(128, 128, 4, 1))
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched from now on."""
+    from triton.runtime import interpreter
+
+    names: list[str] = []
+    run = interpreter.GridExecutor.__call__
+
+    def record(self, *args, **options):
+        names.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
+    return names
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def static_gpu():
     before = os.environ.get("TRITON_INTERPRET")
+    sys.path.insert(0, str(SCRIPT.parent))  # it imports its neighbour
     spec = importlib.util.spec_from_file_location("static_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["static_gpu"] = module
