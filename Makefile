@@ -13,7 +13,7 @@ demo: $(READY)
 # Triton's interpreter uses one core: those tests run two at a time, one thread each.
 test: $(READY)
 	$(BIN)/pytest -m "not accuracy and not interpreted"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted tests/test_triton.py tests/test_triton_tuning.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted
 
 accuracy: $(READY)
 	$(BIN)/pytest -m accuracy -s
@@ -22,12 +22,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
@@ -51,7 +51,7 @@ sanitize: $(READY)
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SSLFAST_EXPECT_IN=$(SANITIZED) \
 	    $(BIN)/pytest -k "not compile and not peak_memory" tests/test_backends.py tests/test_pair_rows.py \
 	    tests/test_similarity_lse.py tests/test_similarity_lse_edges.py tests/test_unusual_tensors.py \
-	    tests/test_contrastive.py tests/test_native.py
+	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1

@@ -9,10 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "cpu/ema.h"
 #include "cpu/isa.h"
 #include "cpu/pair_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/similarity_lse.h"
+#if defined(SSLFAST_CUDA)
+#include "cuda/ema.h"
+#endif
 
 namespace py = pybind11;
 using namespace sslfast;
@@ -149,6 +153,27 @@ void pair_rows_bwd(int64_t n, int64_t d, uintptr_t dz, uintptr_t dpositive, uint
   pair_rows_kernels<T>(active_isa()).backward(p, at<T>(dz), at<T>(dpositive), at<T>(dx), at<T>(dy));
 }
 
+// The rows of the table are addresses that the caller has checked, as for all other addresses here.
+Float float_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("no such floating dtype");
+  return static_cast<Float>(code);
+}
+
+void ema_update_cpu(uintptr_t table, int64_t count, int target, int source, double momentum, int threads) {
+  if (count < 0 || threads < 1) throw std::invalid_argument("sizes must be positive");
+  SSLFAST_CHOOSE(active_isa(),
+                 ema_update({at<Segment>(table), count, momentum, threads}, float_of(target), float_of(source)));
+}
+
+#if defined(SSLFAST_CUDA)
+void ema_update_on_gpu(uintptr_t table, int64_t count, int target, int source, double momentum, uintptr_t momentum_at,
+                       bool momentum_is_f32, uintptr_t stream) {
+  const char* error = ema_update_cuda(at<Segment>(table), count, float_of(target), float_of(source), momentum,
+                                      at<void>(momentum_at), momentum_is_f32, at<void>(stream));
+  if (error) throw std::runtime_error(std::string("ema_update_: ") + error);
+}
+#endif
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
@@ -176,6 +201,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("pair_rows_fwd_f64", &pair_rows_fwd<double>, unlocked);
   m.def("pair_rows_bwd_f32", &pair_rows_bwd<float>, unlocked);
   m.def("pair_rows_bwd_f64", &pair_rows_bwd<double>, unlocked);
+  m.def("ema_update", &ema_update_cpu, unlocked);
+#if defined(SSLFAST_CUDA)
+  m.def("ema_update_cuda", &ema_update_on_gpu, unlocked);
+#endif
   bind_similarity_lse<float>(m, "SimilarityLseF32");
   bind_similarity_lse<double>(m, "SimilarityLseF64");
 }

@@ -19,6 +19,10 @@ CPU_TILE = (384, 1024)
 PADDING = 128  # rows of the flash form are padded to a multiple of this; every tile's side divides it
 SMALL = 1024 * 1024  # up to so many logits the running maximum alone serves: fewer launches
 
+# Elements that a program of `ema_update_` moves at a time, with 4 warps: two 16-byte loads per thread and
+# side in float32, few enough registers for all warps of a multiprocessor. And its longest segment.
+EMA_BLOCK, EMA_SEGMENT = 1024, 16384
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN
 

@@ -2,13 +2,17 @@
 
 from sslfast._version import __version__
 from sslfast.losses import InfoNCELoss, NTXentLoss, info_nce_loss, ntxent_loss
-from sslfast.ops import available_backends, similarity_lse, use_backend
+from sslfast.ops import available_backends, ema_update_, similarity_lse, use_backend
+from sslfast.teacher import EMATeacher, cosine_momentum
 
 __all__ = [
+    "EMATeacher",
     "InfoNCELoss",
     "NTXentLoss",
     "__version__",
     "available_backends",
+    "cosine_momentum",
+    "ema_update_",
     "info_nce_loss",
     "ntxent_loss",
     "similarity_lse",

@@ -53,6 +53,7 @@ else
 fi
 workers=""
 "$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
-stage "tests" 210 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py
+stage "tests" 210 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
+    tests/test_ema.py
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

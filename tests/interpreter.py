@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +16,13 @@ INTERPRETED = [
     pytest.mark.interpreted,
     pytest.mark.skipif(REASON is not None, reason=f"no interpreter: {REASON}"),
 ]
+
+
+def interpreted(test: Callable) -> Callable:
+    """Marks one test, where a module's others need no interpreter."""
+    for mark in INTERPRETED:
+        test = mark(test)
+    return test
 
 
 def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from sslfast.ops._check import (
     check_temperature,
     check_tensor,
     inverse_temperature,
+    may_read,
     number,
     working_dtype,
 )
@@ -121,7 +122,7 @@ def info_nce_loss(
     number("margin", margin)
     if weights is not None:
         check_tensor("weights", weights, FLOATS, (n,), query)
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
+        if may_read(weights) and not (weights >= 0).all():
             raise ValueError("weights: expected no negative and no NaN, got some")
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), query)

@@ -13,6 +13,7 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 # What each op prefers where nothing is forced; the first backend that can serve the call does.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "similarity_lse": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "ema_update_": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
 }
 
 _blocks: list["use_backend"] = []  # those entered and not left, of all threads
@@ -24,7 +25,7 @@ class Backend:
     """One backend of one op: its entry points, and why it cannot serve a device and dtype, if so."""
 
     forward: Callable
-    backward: Callable
+    backward: Callable | None
     refuses: Callable[[torch.device, torch.dtype], str | None]
 
 
@@ -152,7 +153,17 @@ def pointer(
             f"{name}: a kernel needs a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, "
             f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
-    address = tensor.data_ptr()
-    if not address and tensor.numel():
+    return address(name, tensor)
+
+
+def address(name: str, tensor: Tensor) -> int:
+    """The address alone, of a tensor that the caller has checked; 0 for an empty one."""
+    at = tensor.data_ptr()
+    if not at and tensor.numel():
         raise ValueError(f"{name}: a kernel needs a tensor with memory, got one whose storage was freed")
-    return address
+    return at
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    """What may move under tensors that were checked before: all addresses, at the speed of C."""
+    return list(map(Tensor.data_ptr, tensors))

@@ -74,9 +74,9 @@ def _forward_fake(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, ba
 
 
 def _backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs, backend):
-    gradients = _backend.implementation("similarity_lse", backend).backward(
-        g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs
-    )
+    serve = _backend.implementation("similarity_lse", backend).backward
+    assert serve is not None
+    gradients = serve(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs)
     inputs = (a, b, scale, bias)
     return tuple(
         a.new_empty(0) if d is None else d.to(x.dtype) for d, x in zip(gradients, inputs, strict=True)

@@ -1,0 +1,267 @@
+"""EMATeacher: a copy of a model that follows it as an exponential moving average."""
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.ops import _backend
+from sslfast.ops import ema as _ema
+from sslfast.ops._check import FLOATS, number
+
+BUFFERS = ("copy", "ema", "keep")
+ALIGNMENT = 128  # bytes between the starts of two parameters in a flat tensor: a GPU's cache line
+
+
+def cosine_momentum(step: float, total: float, start: float = 0.996, end: float = 1.0) -> float:
+    """From `start` to `end` on a half cosine: end - (end - start) (1 + cos(pi step / total)) / 2.
+
+    BYOL (Grill et al. 2020), DINO (Caron et al. 2021) and MoCo v3 (Chen et al. 2021) share it; the first two
+    count updates, MoCo v3 counts epochs with their fraction.
+
+    Args:
+        step, total: how far training is, and its length, in the same unit. Beyond `total` it stays at `end`.
+        start, end: in [0, 1].
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    if not number("total", total) > 0:
+        raise ValueError(f"total: expected a positive number, got {total}")
+    for name, value in (("start", start), ("end", end)):
+        if not 0 <= number(name, value) <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    part = min(max(number("step", step) / total, 0.0), 1.0)
+    return end - (end - start) * (1 + math.cos(math.pi * part)) / 2
+
+
+class EMATeacher(nn.Module):
+    """A copy of a model, without gradients, that follows it: t <- momentum t + (1 - momentum) s.
+
+    The copy's parameters lie in one flat tensor per dtype. An update is one pass over the memory (on a GPU
+    one launch for each pair of dtypes), runs no Python per tensor and reads nothing on the host; it looks
+    anew at the models where a module, a parameter or its memory was replaced. To capture updates in a CUDA
+    graph, update once before.
+
+    Args:
+        model: what to copy and to follow. Wrappers of DistributedDataParallel, DataParallel and torch.compile
+            are taken off, here and in `update`.
+        momentum: number or 0-d tensor in [0, 1]; what `update` uses when it is given none.
+        buffers: what `update` does with buffers, such as BatchNorm's statistics: "copy" the model's, average
+            them like parameters ("ema"; copied where they are not floating-point), or "keep" the teacher's
+            own, which change when it is called in training mode.
+
+    Attributes:
+        model: the copy, in the mode (training or evaluation) that the model was in. Calling the teacher calls
+            it under torch.no_grad.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be copied or averaged, or an invalid argument; the message
+            names the parameter or argument.
+    """
+
+    def __init__(self, model: nn.Module, momentum: Tensor | float = 0.996, buffers: str = "copy") -> None:
+        super().__init__()
+        if buffers not in BUFFERS:
+            raise ValueError(f"buffers: expected one of {', '.join(BUFFERS)}, got {buffers!r}")
+        _ema.check_momentum("momentum", momentum)
+        self.momentum, self.buffers_mode = momentum, buffers
+        student = unwrap(model)
+        for name, p in student.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"model: expected parameters with a shape, got none yet for {name!r}")
+            if (p.is_floating_point() or p.is_complex()) and p.dtype not in FLOATS:
+                raise TypeError(
+                    f"model: expected {' or '.join(map(str, FLOATS))}, got {p.dtype} for {name!r}"
+                )
+        try:
+            self.model = copy.deepcopy(student)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: expected one that copy.deepcopy copies (with parametrizations.weight_norm instead "
+                f"of torch.nn.utils.weight_norm), got: {error}"
+            ) from error
+        for p in self.model.parameters():
+            p.requires_grad_(False).grad = None
+        self._link: _Link | None = None
+        self._flatten()
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, momentum: Tensor | float | None = None) -> None:
+        """Moves the teacher towards `model`.
+
+        Args:
+            model: the model that was copied, or one with parameters and buffers of the same names and shapes,
+                wrapped or not.
+            momentum: number or 0-d tensor in [0, 1]; None: the teacher's own.
+
+        Raises:
+            TypeError, ValueError: an invalid momentum, another structure, or memory that both models share;
+                the message names the argument or the parameter.
+        """
+        momentum = self.momentum if momentum is None else momentum
+        _ema.check_momentum("momentum", momentum)
+        link = self._link
+        if link is None or link.models != (self.model, model) or not link.holds():
+            student = unwrap(model)
+            _check_alike(self.model, student)
+            if _backend.addresses(list(self.model.parameters())) != self._addresses:
+                self._flatten()
+            self._link = link = _Link(self.model, student, self.buffers_mode)
+            link.models = self.model, model
+        if isinstance(momentum, Tensor):
+            momentum = momentum.detach()
+        link.plan.run(link.targets, link.sources, momentum)
+        if link.copies[0]:
+            torch._foreach_copy_(*link.copies)
+        _ema.changed(self._flats + link.separate)
+
+    @torch.no_grad()
+    def _flatten(self) -> None:
+        """Moves the copy's parameters into one tensor per dtype, each with the strides that it had.
+
+        As views of it they share its version, which one call can raise. Parameters of other classes stay.
+        """
+        by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for p in self.model.parameters():
+            if type(p) is nn.Parameter and p.dtype in FLOATS and _ema.addressable(p, p):
+                by_kind.setdefault((p.device, p.dtype), []).append(p)
+        self._flats: list[Tensor] = []
+        replaced: dict[nn.Parameter | None, nn.Parameter] = {}
+        for (device, dtype), parameters in by_kind.items():
+            step = ALIGNMENT // dtype.itemsize
+            starts = list(itertools.accumulate((-(-p.numel() // step) * step for p in parameters), initial=0))
+            flat = torch.zeros(starts[-1], dtype=dtype, device=device)
+            for p, start in zip(parameters, starts, strict=False):
+                view = flat.as_strided(p.shape, p.stride(), start).copy_(p)
+                replaced[p] = nn.Parameter(view, requires_grad=False)
+            self._flats.append(flat)
+        for module in self.model.modules():
+            for name, held in module._parameters.items():
+                if held in replaced:
+                    module._parameters[name] = replaced[held]
+        self._addresses = _backend.addresses(list(self.model.parameters()))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "EMATeacher":
+        super()._apply(fn, recurse)  # gives each parameter memory of its own
+        self._flatten()
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_link": None}
+
+    def extra_repr(self) -> str:
+        return f"momentum={self.momentum}, buffers={self.buffers_mode!r}"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers of DistributedDataParallel, DataParallel and torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_alike(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises unless both have parameters and buffers of the same names and shapes, in memory of their own."""
+    memory = {x.untyped_storage().data_ptr() for x in (*teacher.parameters(), *teacher.buffers())} - {0}
+    for kind in ("parameter", "buffer"):
+        ours, theirs = (dict(getattr(m, f"named_{kind}s")()) for m in (teacher, student))
+        for name in [*theirs, *ours]:
+            if name not in ours or name not in theirs:
+                where = "teacher" if name not in ours else "model"
+                raise ValueError(f"model: expected the teacher's {kind}s, but the {where} has no {name!r}")
+            t, s = ours[name], theirs[name]
+            if t.shape != s.shape:
+                raise ValueError(
+                    f"model: expected shape {list(t.shape)} of {kind} {name!r}, got {list(s.shape)}"
+                )
+            if s.untyped_storage().data_ptr() in memory:
+                raise ValueError(
+                    f"model: expected memory of its own, got {kind} {name!r} in the teacher's memory: a "
+                    f"teacher that is the model itself lets the loss collapse"
+                )
+
+
+class _Link:
+    """A teacher and a model, pair by pair, for as long as nothing in either is replaced or moves.
+
+    It holds the memory that it knows, so that what is found at a known address is what was checked.
+    """
+
+    TURNS = 16  # of updates, in which all of the teacher is looked at; the model is in each
+
+    models: tuple[nn.Module, nn.Module]
+    """The teacher's, and what `update` was given: the student, or a wrapper of it."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, buffers: str) -> None:
+        self.turn = 0
+        theirs: dict[str, Tensor] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        pairs: list[tuple[str, Tensor]] = list(teacher.named_parameters())
+        if buffers != "keep":
+            pairs += teacher.named_buffers()
+        averaged: list[tuple[str, Tensor, Tensor]] = []
+        copied: list[tuple[str, Tensor, Tensor]] = []
+        for name, t in pairs:
+            follows = t.is_floating_point() and (buffers == "ema" or isinstance(t, nn.Parameter))
+            (averaged if follows else copied).append((name, t, theirs[name]))
+        self.targets, self.sources = [t for _, t, _ in averaged], [s for _, _, s in averaged]
+        self.copies = [t for _, t, _ in copied], [s for _, _, s in copied]
+        self.plan = _ema.Plan(self.targets, self.sources, lambda i: f" {averaged[i][0]!r}")
+        self.separate = [t for t in self.targets if type(t) is not nn.Parameter]
+
+        self.children = [m._modules for m in student.modules() if m._modules]
+        self.modules = list(_values(self.children))
+        ours, theirs_at = (_where_tensors_are(model, buffers != "keep") for model in (teacher, student))
+        self.student = _Tensors(theirs_at)
+        self.teacher = [_Tensors(ours[turn :: self.TURNS]) for turn in range(self.TURNS)]
+        self.memory = [x.untyped_storage() for part in (self.student, *self.teacher) for x in part.found()]
+
+    def holds(self) -> bool:
+        """At the speed of C: a model may have thousands of parameters."""
+        self.turn = (self.turn + 1) % self.TURNS
+        children = list(_values(self.children))
+        return (
+            len(children) == len(self.modules)
+            and all(map(operator.is_, children, self.modules))
+            and self.student.unmoved()
+            and self.teacher[self.turn].unmoved()
+        )
+
+
+class _Tensors:
+    """Tensors in dicts, as modules keep them, and their addresses at first."""
+
+    def __init__(self, dicts: list[dict]) -> None:
+        self.whole = [d for d in dicts if all(x is not None for x in d.values())]
+        rest = [d for d in dicts if any(x is None for x in d.values())]
+        self.others = [(d, key) for d in rest for key, x in d.items() if x is not None]
+        self.addresses = _backend.addresses(self.found())
+
+    def found(self) -> list:
+        return [*_values(self.whole), *(d.get(key) for d, key in self.others)]
+
+    def unmoved(self) -> bool:
+        try:
+            return _backend.addresses(self.found()) == self.addresses
+        except TypeError:  # None instead of a tensor
+            return False
+
+
+def _where_tensors_are(model: nn.Module, buffers: bool) -> list[dict]:
+    kinds = ("_parameters", "_buffers") if buffers else ("_parameters",)
+    return [d for m in model.modules() for kind in kinds if (d := getattr(m, kind))]
+
+
+def _values(dicts: list[dict]) -> Iterator:
+    return itertools.chain.from_iterable(map(dict.values, dicts))
