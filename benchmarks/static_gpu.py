@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import sass
+import static_memory
 import torch
 import triton
 import tyro
@@ -348,16 +349,20 @@ def main(
     # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         reports = list(pool.map(report, jobs(archs, dtypes, quick), chunksize=4))
+        moving = list(pool.map(static_memory.report, static_memory.jobs(archs)))
     rows = predict(reports)
     show(reports, rows)
+    static_memory.show(moving)
     if json_out:
         results = {
             "triton": triton.__version__, "torch": torch.__version__, "cards": CARDS, "predictions": rows,
             "kernels": [{**dataclasses.asdict(r), "powers_per_tile": r.powers_per_tile} for r in reports],
+            "memory_kernels": [dataclasses.asdict(r) for r in moving],
         }  # fmt: skip
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(results, indent=1) + "\n")
     wrong = [problem for r in reports for problem in problems(r)]
+    wrong += [problem for r in moving for problem in static_memory.problems(r)]
     if wrong:
         sys.exit("\n".join(["", "not fit to ship:", *wrong]))
 

@@ -49,6 +49,14 @@ def test_every_configuration_is_fit_to_ship(results):
             assert k["spills"] == k["stack"] == 0 and k["matrix"] > 0, job
 
 
+def test_kernels_that_move_memory_do_so_16_bytes_at_a_time(results):
+    kernels = results["memory_kernels"]
+    assert {(k["job"]["target"], k["job"]["arch"]) for k in kernels} >= {("fp32", 80), ("fp32", 100)}
+    for k in kernels:
+        assert k["spills"] == 0 and k["wide_loads"] and k["wide_stores"], k
+        assert k["warps"] == k["most"] or k["job"] != {"arch": 90, "target": "fp32", "source": "fp32"}
+
+
 def test_one_power_per_pair_serves_both_directions(results):
     seen = 0
     for k in results["kernels"]:

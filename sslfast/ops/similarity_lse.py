@@ -54,6 +54,8 @@ def _logsumexp(logits: Tensor, dim: int) -> Tensor:
     return lse.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
+_A_ALONE = (True, False, False, False)  # the inputs whose gradient is asked for
+
 # The registered ops. Unused outputs and gradients not asked for are empty tensors: a schema has no optional
 # results.
 
@@ -109,9 +111,17 @@ _bwd = define(
 def _cpu_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
     from sslfast.ops import _blocked
 
-    assert not expect, "only Triton's kernels compute expectations"
     row, col = _blocked.forward(_blocked.CpuTiles(a, b, scale, bias, a_ids, b_ids, same), return_cols)
-    return row, col, row.new_empty(0)
+    mean = _by_backward(_cpu_backward, a, b, scale, bias, a_ids, b_ids, row, same) if expect else None
+    return row, col, row.new_empty(0) if mean is None else mean
+
+
+def _by_backward(backward, a, b, scale, bias, a_ids, b_ids, row, same):
+    """mean_i = sum_j p_ij b_j, from the backward pass of sum_i row_i, run at once: da_i = scale mean_i."""
+    if scale.device.type == "cpu" and scale == 0:  # no logit depends on a
+        a, scale = torch.zeros_like(a), torch.ones_like(scale)
+    da = backward(torch.ones_like(row), None, a, b, scale, bias, a_ids, b_ids, row, None, same, _A_ALONE)[0]
+    return torch.where(scale == 0, 0.0, da.to(row.dtype) / scale)
 
 
 def _cpu_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
@@ -142,9 +152,12 @@ def _triton_forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect):
         row, col = (scale.new_full((size,), -torch.inf) for size in (m, n if return_cols else 0))
         return row, col, scale.new_zeros(a.shape if expect else 0)
     with _backend.device_of(a):
-        if expect or _triton_form(a, b) == "flash":
+        flash = tuning.fits(a.shape[1], a.element_size()) if expect else _triton_form(a, b) == "flash"
+        if flash:
             return _flash.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect)
-        return *_chunked.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols), scale.new_empty(0)
+        row, col = _chunked.forward(a, b, scale, bias, a_ids, b_ids, same, return_cols)
+        mean = _by_backward(_chunked.backward, a, b, scale, bias, a_ids, b_ids, row, same) if expect else None
+        return row, col, row.new_empty(0) if mean is None else mean
 
 
 def _triton_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
@@ -276,17 +289,19 @@ def similarity_lse(
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b
         b_ids = b_ids.view_as(b_ids) if b_ids is not None and b_ids is a_ids else b_ids
-    expect = backend == "triton" and not return_cols and _queries_alone(a, b, scale, bias)
+    expect = not return_cols and _queries_alone(backend, a, b, scale, bias)
     return _SimilarityLSE.apply(a, b, scale, bias, a_ids, b_ids, same, return_cols, expect, backend)
 
 
-def _queries_alone(a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None) -> bool:
-    """Whether b and bias need no gradient, as a queue of keys does not: then a's can come out of the forward
-    pass, a pass less, where the kernel has room for it."""
+def _queries_alone(backend: str, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether b and bias need no gradient, as a queue of keys does not. Then the forward pass leaves what a's
+    and scale's gradients need, and b may change before the backward pass; where a Triton kernel has room for
+    it, that is also a pass less. The host does not know whether a scale on a GPU is 0."""
     if b is None or b.requires_grad or not (a.requires_grad or scale.requires_grad):
         return False
     constant = bias is None or not bias.requires_grad
-    return constant and torch.is_grad_enabled() and tuning.fits(a.shape[1], a.element_size())
+    fits = backend == "cpu" or tuning.fits(a.shape[1], a.element_size())
+    return constant and torch.is_grad_enabled() and (fits or not scale.requires_grad)
 
 
 def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

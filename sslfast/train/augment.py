@@ -1,51 +1,91 @@
 """Batched augmentations on the training device, by kornia. Images are float in [0, 1], [B, C, H, W]."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a view is made: a crop of at least `area` of the image, then what has a probability, then a flip.
+
+    jitter: strengths of brightness, contrast, saturation and hue, in random order.
+    """
+
+    area: float = 0.08
+    bicubic: bool = False
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float = 0.8
+    gray_first: bool = False
+    blur: float = 0.5
+    solarize: float = 0.0
+
+
+_V3 = (0.4, 0.4, 0.2, 0.1)
+# For each preset the recipes of the two views, as the official code has them.
+RECIPES: dict[str, tuple[Recipe, Recipe]] = {
+    "simclr": (Recipe(), Recipe()),  # its colour strength for small images, 0.5
+    "mocov1": (Recipe(0.2, jitter=(0.4,) * 4, jitter_probability=1.0, gray_first=True, blur=0.0),) * 2,
+    "mocov2": (Recipe(0.2), Recipe(0.2)),
+    "mocov3": (Recipe(0.2, jitter=_V3, blur=1.0), Recipe(0.2, jitter=_V3, blur=0.1, solarize=0.2)),
+    "byol": (
+        Recipe(bicubic=True, jitter=_V3, blur=1.0),
+        Recipe(bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
+    ),
+}
+
+
 def two_views(preset: str, image_size: int, channels: int) -> nn.Module:
-    """A module that maps [B, C, H, W] to two such tensors: two independent random views of each image.
+    """A module that maps [B, C, H, W] to two such tensors: two random views of each image.
 
     Args:
-        preset: "simclr": the recipe of the official code for small images (colour strength 0.5, blur above 32
-        pixels);
+        preset: a key of RECIPES, without blur up to 32 pixels and without colours for grey images; or
             "mnist": small affine maps, since digits are neither mirrored nor coloured.
 
     Raises:
         ValueError: an unknown preset.
     """
-    if preset == "simclr":
-        return _TwoViews(_simclr(image_size, channels))
     if preset == "mnist":
-        return _TwoViews(_mnist())
-    raise ValueError(f"augment: expected simclr or mnist, got {preset!r}")
+        return _TwoViews(_mnist(), None)
+    if preset not in RECIPES:
+        raise ValueError(f"augment: expected mnist or one of {', '.join(RECIPES)}, got {preset!r}")
+    first, second = RECIPES[preset]
+    other = None if second == first else _view(second, image_size, channels)
+    return _TwoViews(_view(first, image_size, channels), other)
 
 
 class _TwoViews(nn.Module):
-    def __init__(self, augment: nn.Module) -> None:
+    """Views of two kinds; or, where there is no second, both at once."""
+
+    def __init__(self, first: nn.Module, second: nn.Module | None) -> None:
         super().__init__()
-        self.augment = augment
+        self.first, self.second = first, second
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        views = self.augment(images.repeat(2, 1, 1, 1)).clamp(0, 1)
-        return views.contiguous(memory_format=torch.channels_last).chunk(2)
+        if self.second is None:
+            views = self.first(images.repeat(2, 1, 1, 1)).chunk(2)
+        else:
+            views = self.first(images), self.second(images)
+        return tuple(v.clamp(0, 1).contiguous(memory_format=torch.channels_last) for v in views)
 
 
-def _simclr(size: int, channels: int, strength: float = 0.5) -> nn.Module:
+def _view(recipe: Recipe, size: int, channels: int) -> nn.Module:
     import kornia.augmentation as K
 
-    s = strength
-    steps: list[nn.Module] = [
-        K.RandomResizedCrop((size, size), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
-        K.RandomHorizontalFlip(),
-    ]
+    crop = K.RandomResizedCrop(
+        (size, size), (recipe.area, 1.0), (3 / 4, 4 / 3), resample="bicubic" if recipe.bicubic else "bilinear"
+    )
+    colours: list[nn.Module] = []
     if channels == 3:
-        steps += [K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8), K.RandomGrayscale(p=0.2)]
-    if size > 32:
+        colours = [K.ColorJitter(*recipe.jitter, p=recipe.jitter_probability), K.RandomGrayscale(p=0.2)]
+    steps: list[nn.Module] = [crop, *(reversed(colours) if recipe.gray_first else colours)]
+    if size > 32 and recipe.blur:
         kernel = size // 10 // 2 * 2 + 1
-        steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))
-    return nn.Sequential(*steps)
+        steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=recipe.blur))
+    if recipe.solarize:
+        steps.append(K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.solarize))
+    return nn.Sequential(*steps, K.RandomHorizontalFlip())
 
 
 def _mnist() -> nn.Module:

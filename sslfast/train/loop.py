@@ -61,12 +61,13 @@ def train(method: str, cfg: TrainConfig) -> Path:
             rows = rows[(done - epoch * steps) * cfg.accumulate :]
             batches = log.waiting(images.batches(rows, device, cfg.workers))
             for step in range(done, (epoch + 1) * steps):
-                rate = peak * optim.warmup_cosine(step, cfg.warmup_epochs * steps, total)
+                rate = peak * optim.rate_at(cfg.schedule, step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
                 model.schedule(Now(step, total, steps), update.optimizer.param_groups)
+                model.before_step()
                 for _ in range(cfg.accumulate):
                     loss, metrics = update.backward(views(next(batches).float().div_(255)))
-                    monitor.update(metrics.pop("embeddings"))
+                    monitor.update(metrics.pop("embeddings"), metrics.pop("targets", None))
                     log.add({"loss": loss, **metrics}, batch_size)
                 log.add(update.step())
                 log.live(done := step + 1, rate)

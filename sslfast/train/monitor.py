@@ -6,15 +6,14 @@ from torch.nn import functional as F
 
 
 class CollapseMonitor:
-    """Second moments of the L2-normalised embeddings of an epoch, kept on the device; only `read` waits for
-    it.
+    """Moments of the L2-normalised embeddings of an epoch, kept on the device; only `read` waits for it.
 
     feature_std: standard deviation over images, mean over dimensions: 1/sqrt(D) when directions are spread
-    evenly, 0
-        when all images have one embedding (Chen & He 2021).
+        evenly, 0 when all images have one embedding (Chen & He 2021).
     effective_rank: exp of the entropy of the normalised singular values of the embeddings [N, D] (Roy &
-    Vetterli 2007;
-        RankMe, Garrido et al. 2023): from 1 (one direction) to min(N, D).
+        Vetterli 2007; RankMe, Garrido et al. 2023): from 1 (one direction) to min(N, D).
+    teacher_agreement: mean cosine between a student's embedding and its teacher's of the same image.
+    teacher_contrast: what of it is about the image: the mean over the same image less that over any two.
     """
 
     def __init__(self) -> None:
@@ -24,14 +23,19 @@ class CollapseMonitor:
         self.count = 0
         self.total: Tensor | None = None  # sum z [D]
         self.gram: Tensor | None = None  # sum z z^T [D, D]
+        self.targets: Tensor | None = None  # sum t [D]
+        self.agreement: Tensor | None = None  # sum <z, t>
 
     @torch.no_grad()
-    def update(self, embeddings: Tensor) -> None:
-        """embeddings [B, D]"""
+    def update(self, embeddings: Tensor, targets: Tensor | None = None) -> None:
+        """embeddings, and the teacher's that they are to match: [B, D]"""
         z = F.normalize(embeddings.detach().double(), dim=1)
-        total, gram = z.sum(0), z.T @ z
-        self.total = total if self.total is None else total.add_(self.total.to(z.device))
-        self.gram = gram if self.gram is None else gram.add_(self.gram.to(z.device))
+        self.total = _plus(self.total, z.sum(0))
+        self.gram = _plus(self.gram, z.T @ z)
+        if targets is not None:
+            t = F.normalize(targets.detach().double(), dim=1)
+            self.targets = _plus(self.targets, t.sum(0))
+            self.agreement = _plus(self.agreement, (z * t).sum())
         self.count += len(z)
 
     def read(self) -> dict[str, float]:
@@ -45,7 +49,12 @@ class CollapseMonitor:
         singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
         p = singular / singular.sum().clamp(min=1e-300)
         entropy = -torch.special.xlogy(p, p).sum()
-        return {"feature_std": std.item(), "effective_rank": entropy.exp().item()}
+        measured = {"feature_std": std.item(), "effective_rank": entropy.exp().item()}
+        if self.targets is not None and self.agreement is not None:
+            same = self.agreement.item() / self.count
+            measured["teacher_agreement"] = same
+            measured["teacher_contrast"] = same - (mean @ self.targets.cpu()).item() / self.count
+        return measured
 
     def warning(self) -> str | None:
         """What is wrong, in words; None when nothing is."""
@@ -65,10 +74,20 @@ class CollapseMonitor:
                 f"the embeddings use few dimensions: effective rank {rank:.1f} of {most}. Try stronger "
                 f"augmentation, another temperature or a lower learning rate"
             )
+        if measured.get("teacher_contrast", 1.0) < 0.01:
+            return (
+                f"student and teacher agree no more on one image than on two different ones (cosine "
+                f"{measured['teacher_agreement']:.3f}, {measured['teacher_contrast']:.3f} of it about the "
+                f"image). Try a lower learning rate, or another momentum of the teacher"
+            )
         return None
 
     def state_dict(self) -> dict:
-        return {"count": self.count, "total": self.total, "gram": self.gram}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        self.count, self.total, self.gram = state["count"], state["total"], state["gram"]
+        vars(self).update(state)
+
+
+def _plus(total: Tensor | None, x: Tensor) -> Tensor:
+    return x if total is None else total.to(x.device).add_(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sslfast.train import augment, optim
 from sslfast.train.config import TrainConfig
 
-NAMES = ("simclr",)
+NAMES = ("simclr", "byol", "moco", "mocov3")
 
 
 def module(name: str) -> ModuleType:
@@ -23,6 +23,11 @@ def module(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"method: expected one of {', '.join(NAMES)}, got {name!r}")
     return importlib.import_module(f"sslfast.train.methods.{name}")
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """[N, D] -> rows of unit length, in float32 or wider whatever autocast left."""
+    return nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,15 @@ class Now:
 class Method(nn.Module):
     """What the loop needs of a method. For each update it calls, in this order,
 
-    1. `schedule(now, groups)`;
+    1. `schedule(now, groups)` and `before_step()`;
     2. `training_step(views)` and backward, once for each of the batches that are accumulated;
     3. `clip(max_norm)` if gradients are clipped, the optimizer's step over `parameter_groups`,
     `after_step()`.
 
     What belongs to a batch (a queue, a centre) changes in `training_step`, what follows the weights (a
-    teacher) in `after_step`. All state is in parameters and buffers, so that checkpoints have it; numbers
-    that a schedule sets are 0-d buffers that `schedule` fills, so that a captured step sees them. Nothing
-    here reads from the device.
+    teacher) in `before_step` or `after_step`. All state is in parameters and buffers, so that checkpoints
+    have it; numbers that a schedule sets are 0-d buffers that `schedule` fills, so that a captured step sees
+    them. Nothing here reads from the device.
     """
 
     encoder: nn.Module
@@ -60,7 +65,8 @@ class Method(nn.Module):
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Views [B, C, H, W] of the same images -> (loss, metrics).
 
-        Metrics are 0-d tensors to log, and "embeddings" [B, D], which the collapse monitor watches.
+        Metrics are 0-d tensors to log, and what the collapse monitor watches: "embeddings" [B, D] and, where
+        there is a teacher, "targets" [B, D], the teacher's of the same images, which they are to match.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a training_step")
 
@@ -74,6 +80,9 @@ class Method(nn.Module):
 
     def schedule(self, now: Now, groups: list[dict]) -> None:
         """Sets what changes over a run, other than the learning rate; `groups` are the optimizer's."""
+
+    def before_step(self) -> None:
+        """Precedes each update's first batch."""
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients down to a norm of at most max_norm, all as one vector; returns what it was."""

@@ -22,10 +22,8 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.projection_dim < 1:
-            raise ValueError(f"projection_dim: expected at least 1, got {self.projection_dim}")
+        self.check_positive("temperature")
+        self.check_at_least(1, "projection_dim")
 
 
 def build(cfg: Config, channels: int, size: int) -> Method:

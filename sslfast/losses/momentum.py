@@ -1,0 +1,165 @@
+"""Losses of a student against a momentum teacher: BYOL, MoCo and its queue of keys."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sslfast.losses.contrastive import (
+    _check_reduction,
+    _check_sides,
+    _compare_dtype,
+    _minus,
+    _normalize,
+    _reduce,
+    _softplus,
+)
+from sslfast.ops import similarity_lse
+from sslfast.ops._check import FLOATS, check_temperature, check_tensor, inverse_temperature, working_dtype
+from sslfast.ops.pair_rows import pair_rows
+
+
+def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    """BYOL's regression (Grill et al. 2020): the squared distance of unit vectors, 2 - 2 cos, from 0 to 4.
+
+    The paper adds both directions: byol_loss(p1, z2) + byol_loss(p2, z1).
+
+    Args:
+        prediction, target: [N, D] floating, row i of both from image i. The target gets no gradient.
+        reduction: "mean", "sum", or "none": [N].
+
+    Returns:
+        float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    _check_sides("prediction", prediction, "target", target)
+    _check_reduction(reduction)
+    _, cosine = pair_rows(prediction, target.detach(), True, working_dtype(prediction))
+    return _reduce(2 - 2 * cosine, reduction)
+
+
+def moco_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Tensor | float = 0.2,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """MoCo's InfoNCE (He et al. 2020): query i against key i as its positive and a queue of older keys.
+
+    The query alone gets a gradient. It does not look at the queue again in its backward pass, so that new
+    keys may be enqueued right after the loss.
+
+    Args:
+        query, key: [N, D] floating, row i of both from image i.
+        queue: [K, D] floating: the negatives of all queries, such as `KeyQueue.keys`.
+        temperature: number or 0-d tensor, of either sign, not 0; a tensor gets a gradient.
+        normalize: compare by cosine (norms in float32), otherwise by dot product; with rows that are of unit
+            length already, False saves a pass over the queue.
+        reduction: "mean", "sum", or "none": [N].
+
+    Returns:
+        float32 (float64 for float64 input). With an empty queue the loss is 0.
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    _check_sides("query", query, "key", key)
+    check_tensor("queue", queue, FLOATS, (None, query.shape[1]), query)
+    scale = inverse_temperature("temperature", temperature, query)
+    _check_reduction(reduction)
+    dtype = _compare_dtype(query)
+    z, positive = pair_rows(query, key.detach(), normalize, dtype)
+    queue = queue.detach()
+    negatives = similarity_lse(
+        z[: len(query)], _normalize(queue, dtype) if normalize else queue.to(dtype), scale=scale
+    )
+    return _reduce(_softplus(_minus(negatives, positive, scale)), reduction)
+
+
+class KeyQueue(nn.Module):
+    """The most recent keys, the negatives of MoCo (He et al. 2020), of NNCLR and of a memory bank.
+
+    It begins with random directions. Nothing is read by the host, and all state is in buffers.
+
+    Args:
+        size: K, how many keys it holds; need not be a multiple of the batch.
+        dim: D, their features.
+        normalize: bring keys to unit length (in float32) as they come.
+
+    Attributes:
+        keys: [K, D] float32, in no order that matters.
+        pointer: 0-d int64, the row of the oldest key.
+
+    Raises:
+        ValueError: a size or dim below 1.
+    """
+
+    keys: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int, *, normalize: bool = True) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        self.normalize = normalize
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Replaces the oldest keys by `keys` [B, D] floating; of more than K, the last K stay.
+
+        Raises:
+            TypeError, ValueError: not such a tensor, or on another device; the message names it.
+        """
+        size, dim = self.keys.shape
+        check_tensor("keys", keys, FLOATS, (None, dim), self.keys)
+        batch, kept = len(keys), keys[-size:]
+        if self.normalize:
+            kept = _normalize(kept, self.keys.dtype)
+        rows = (self.pointer + torch.arange(batch - len(kept), batch, device=keys.device)) % size
+        self.keys.index_copy_(0, rows, kept.to(self.keys.dtype))
+        self.pointer.add_(batch).remainder_(size)
+
+    def extra_repr(self) -> str:
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}, normalize={self.normalize}"
+
+
+class BYOLLoss(nn.Module):
+    """`byol_loss` as a module."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        _check_reduction(reduction)
+        self.reduction = reduction
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return byol_loss(prediction, target, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class MoCoLoss(nn.Module):
+    """`moco_loss` as a module; a temperature given as nn.Parameter is trained with the rest."""
+
+    def __init__(
+        self, temperature: Tensor | float = 0.2, *, normalize: bool = True, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        check_temperature("temperature", temperature)
+        _check_reduction(reduction)
+        self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        return moco_loss(
+            query, key, queue, self.temperature, normalize=self.normalize, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
