@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslfast.ops import _backend
 from sslfast.ops import ema as _ema
-from sslfast.ops._check import FLOATS, number
+from sslfast.ops._check import FLOATS, number, traced
 
 BUFFERS = ("copy", "ema", "keep")
 ALIGNMENT = 128  # bytes between the starts of two parameters in a flat tensor: a GPU's cache line
@@ -110,6 +110,8 @@ class EMATeacher(nn.Module):
         """
         momentum = self.momentum if momentum is None else momentum
         _ema.check_momentum("momentum", momentum)
+        if traced():
+            return self._update_traced(unwrap(model), momentum)
         link = self._link
         if link is None or link.models != (self.model, model) or not link.holds():
             student = unwrap(model)
@@ -124,6 +126,12 @@ class EMATeacher(nn.Module):
         if link.copies[0]:
             torch._foreach_copy_(*link.copies)
         _ema.changed(self._flats + link.separate)
+
+    def _update_traced(self, student: nn.Module, momentum: Tensor | float) -> None:
+        averaged, copied = _pairs(self.model, student, self.buffers_mode)
+        _ema.ema_update_([t for _, t, _ in averaged], [s for _, _, s in averaged], momentum)
+        for _, t, s in copied:
+            t.copy_(s)
 
     @torch.no_grad()
     def _flatten(self) -> None:
@@ -149,7 +157,7 @@ class EMATeacher(nn.Module):
             for name, held in module._parameters.items():
                 if held in replaced:
                     module._parameters[name] = replaced[held]
-        self._addresses = _backend.addresses(list(self.model.parameters()))
+        self._addresses = [] if traced() else _backend.addresses(list(self.model.parameters()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EMATeacher":
         super()._apply(fn, recurse)  # gives each parameter memory of its own
@@ -193,6 +201,23 @@ def _check_alike(teacher: nn.Module, student: nn.Module) -> None:
                 )
 
 
+Pair = tuple[str, Tensor, Tensor]
+
+
+def _pairs(teacher: nn.Module, student: nn.Module, buffers: str) -> tuple[list[Pair], list[Pair]]:
+    """(name, teacher's, student's) of the tensors that are averaged, and of those that are copied."""
+    theirs: dict[str, Tensor] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    ours: list[tuple[str, Tensor]] = list(teacher.named_parameters())
+    if buffers != "keep":
+        ours += teacher.named_buffers()
+    averaged: list[Pair] = []
+    copied: list[Pair] = []
+    for name, t in ours:
+        follows = t.is_floating_point() and (buffers == "ema" or isinstance(t, nn.Parameter))
+        (averaged if follows else copied).append((name, t, theirs[name]))
+    return averaged, copied
+
+
 class _Link:
     """A teacher and a model, pair by pair, for as long as nothing in either is replaced or moves.
 
@@ -206,15 +231,7 @@ class _Link:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, buffers: str) -> None:
         self.turn = 0
-        theirs: dict[str, Tensor] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        pairs: list[tuple[str, Tensor]] = list(teacher.named_parameters())
-        if buffers != "keep":
-            pairs += teacher.named_buffers()
-        averaged: list[tuple[str, Tensor, Tensor]] = []
-        copied: list[tuple[str, Tensor, Tensor]] = []
-        for name, t in pairs:
-            follows = t.is_floating_point() and (buffers == "ema" or isinstance(t, nn.Parameter))
-            (averaged if follows else copied).append((name, t, theirs[name]))
+        averaged, copied = _pairs(teacher, student, buffers)
         self.targets, self.sources = [t for _, t, _ in averaged], [s for _, _, s in averaged]
         self.copies = [t for _, t, _ in copied], [s for _, _, s in copied]
         self.plan = _ema.Plan(self.targets, self.sources, lambda i: f" {averaged[i][0]!r}")

@@ -84,6 +84,7 @@ class Plain:
             if name.startswith(f"{teacher}.model.") and name.endswith(PARAMETERS):
                 part, rest = name.removeprefix(f"{teacher}.model.").split(".", 1)
                 student = self.values[f"{('encoder', 'projector')[int(part)]}.{rest}"]
+                assert not torch.equal(value, student), name
                 self.values[name] = value + (1 - momentum) * (student - value)
 
     def gradients(self, first, second):
@@ -181,7 +182,7 @@ def build(method, cfg, teacher="", keep=()):
     `keep`, and no weight of the teacher like the student's."""
     model = loop.build(method, cfg, channels=1, size=28).double().train()
     for name, value in model.state_dict().items():
-        if value.dim() == 1 and name not in keep:
+        if (value.dim() == 1 or name.endswith(".class_token")) and name not in keep:
             value.add_(0.5 * torch.rand_like(value))
         elif teacher and name.startswith(f"{teacher}.") and name.endswith(PARAMETERS):
             value.add_(0.3 * value.std() * torch.randn_like(value))
@@ -192,12 +193,15 @@ def two_views():
     return [torch.rand(BATCH, 1, 28, 28, dtype=torch.float64) for _ in range(2)]
 
 
-def close(actual, expected, name):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda text: f"{name}: {text}")
+def close(actual, expected, name, within=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=within, atol=within, msg=lambda t: f"{name}: {t}")
 
 
-def train_both(model, plain, cfg, rule, still=(), decay_all=False):
-    """Updates as the loop makes them, and all state compared after each; but for `still`, all has to move."""
+def train_both(model, plain, cfg, rule, idle=(), decay_all=False):
+    """Updates as the loop makes them, and all state compared after each; but for `idle`, all has to move.
+
+    What is idle and trained has a gradient of rounding alone, which AdamW divides by one as small.
+    """
     assert [name for name, p in model.named_parameters() if p.requires_grad] == plain.trained
     update, initial = loop.Update(model, cfg, torch.device("cpu")), dict(plain.values)
     for step in range(STEPS):
@@ -219,7 +223,8 @@ def train_both(model, plain, cfg, rule, still=(), decay_all=False):
         state = model.state_dict()
         assert state.keys() == plain.values.keys()
         for key, value in state.items():
-            close(value, plain.values[key], f"{key} after step {step}")
+            within = 1e-8 if key in idle and key in plain.trained else 1e-10
+            close(value, plain.values[key], f"{key} after step {step}", within)
     for key, value in state.items():
         moved = (value - initial[key]).abs().max()
-        assert moved < 1e-12 if key in still else moved > 1e-3, f"{key} moved by {moved}"
+        assert moved < 1e-5 if key in idle else moved > 1e-4, f"{key} moved by {moved}"

@@ -64,3 +64,32 @@ def test_state_comes_back_and_reset_forgets():
 def test_16_bit_embeddings_are_summed_in_float64():
     measured, _ = measure(torch.full((70_000, 4), 1.0, dtype=torch.float16))
     assert measured["feature_std"] == pytest.approx(0, abs=1e-6)
+
+
+def test_agreement_with_a_teacher():
+    monitor, z = CollapseMonitor(), torch.randn(300, 16) + 0.3
+    t = z + 0.5 * torch.randn(300, 16)
+    for rows in (slice(0, 100), slice(100, 300)):
+        monitor.update(z[rows], t[rows])
+    measured = monitor.read()
+    a, b = F.normalize(z.double(), dim=1), F.normalize(t.double(), dim=1)
+    cosines = a @ b.T
+    assert measured["teacher_agreement"] == pytest.approx(cosines.diagonal().mean().item(), rel=1e-9)
+    contrast = cosines.diagonal().mean() - cosines.mean()
+    assert measured["teacher_contrast"] == pytest.approx(contrast.item(), rel=1e-9)
+    assert monitor.warning() is None
+    other = CollapseMonitor()
+    other.load_state_dict(monitor.state_dict())
+    assert other.read() == measured
+
+
+def test_agreement_on_all_images_alike():
+    """The student's embeddings differ enough, the teacher's are one: what they share is not the image."""
+    monitor, common = CollapseMonitor(), torch.zeros(400, 8)
+    common[:, 0] = 4
+    monitor.update(common + torch.randn(400, 8) * 0.5, common)
+    assert "student and teacher agree as much on two different images as on one" in monitor.warning()
+    monitor = CollapseMonitor()
+    monitor.update(torch.randn(400, 8), torch.randn(400, 8))  # not trained yet
+    assert monitor.warning() is None
+    assert "teacher_agreement" not in measure(torch.randn(4, 3))[0]

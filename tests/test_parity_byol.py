@@ -7,6 +7,7 @@ import pytest
 import torch
 from plain import STEPS, adamw, lars_outside, unit
 
+from sslfast.train import loop
 from sslfast.train.methods.byol import Config
 
 HIDDEN, OUT = 24, 12
@@ -50,7 +51,7 @@ def config(tmp_path, **changes):
     "name, rule, changes",
     [
         ("lars", lars_outside, dict(learning_rate=3.1)),
-        ("adamw", adamw, dict(learning_rate=0.003)),
+        ("adamw", adamw, dict(learning_rate=1e-4)),
         ("lars", lars_outside, dict(learning_rate=3.1, accumulate=2, momentum=0.5)),
     ],
     ids=["lars", "adamw", "accumulate"],
@@ -58,12 +59,12 @@ def config(tmp_path, **changes):
 def test_training_is_the_plain_version(name, rule, changes, tmp_path):
     cfg = config(tmp_path, optimizer=name, **changes)
     model = plain.build("byol", cfg, teacher="target")
-    plain.train_both(model, Plain(model.state_dict(), cfg.momentum), cfg, rule, still=BEFORE_NORM)
+    plain.train_both(model, Plain(model.state_dict(), cfg.momentum), cfg, rule, idle=BEFORE_NORM)
 
 
 def test_networks(tmp_path):
     """A bias in the first layer alone, no BatchNorm at the end; the target begins elsewhere, unpredicting."""
-    state = plain.loop.build("byol", config(tmp_path), channels=1, size=28).state_dict()
+    state = loop.build("byol", config(tmp_path), channels=1, size=28).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
 
     def mlp(name, width):
@@ -88,5 +89,3 @@ def test_networks(tmp_path):
 def test_sizes_are_the_papers(tmp_path):
     cfg = Config(out=tmp_path)
     assert (cfg.hidden_dim, cfg.projection_dim) == (4096, 256)
-
-

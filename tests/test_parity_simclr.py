@@ -66,7 +66,7 @@ def test_training_is_the_plain_version(name, rule, changes, tmp_path):
     if rule is lars_outside:
         groups = model.parameter_groups
         model.parameter_groups = lambda decay: [{**g, "lr_in_momentum": False} for g in groups(decay)]
-    plain.train_both(model, reference, cfg, rule, still=(FROZEN,))
+    plain.train_both(model, reference, cfg, rule, idle=(FROZEN,))
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
@@ -85,4 +85,5 @@ def test_loss_and_gradients_at_other_temperatures(temperature, tmp_path):
 def test_schedule_is_the_formula(warmup, total):
     """Also without a warm-up, with a fractional one, and with one longer than the run."""
     for k in range(total):
-        assert optim.warmup_cosine(k, warmup, total) == pytest.approx(plain.factor(k, warmup, total), rel=1e-13)
+        expected = plain.factor(k, warmup, total)
+        assert optim.warmup_cosine(k, warmup, total) == pytest.approx(expected, rel=1e-13)

@@ -11,9 +11,14 @@ TINIEST_TEMPERATURE = 1e-30  # below it the inverse, or a logit, would overflow 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def traced() -> bool:
+    """Whether tensors may be without numbers: under torch.compile and modes such as FakeTensorMode."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
 def may_read(x: Tensor) -> bool:
     """Whether a check may look at x's numbers: on a GPU that would have to wait, unless SSLFAST_CHECK=1."""
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     return x.device.type == "cpu" or os.environ.get("SSLFAST_CHECK") == "1"
 

@@ -53,13 +53,18 @@ def shuffled(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     one process they do within the batch, which matters with SplitBatchNorm2d. All processes have as many.
     """
     batch, processes = len(images), dist.get_world_size() if dist.is_initialized() else 1
-    order = torch.randperm(batch * processes, device=images.device)
+    order = _permutation(batch * processes, images.device)
     if processes == 1:
         return encode(images[order])[order.argsort()]
     dist.broadcast(order, src=0)
     own = slice(batch * dist.get_rank(), batch * (dist.get_rank() + 1))
     encoded = encode(_gathered(images)[order[own]])
     return _gathered(encoded)[order.argsort()[own]]
+
+
+@torch.compiler.disable  # torch 2.13 fails to compile images[torch.randperm(n)]
+def _permutation(n: int, device: torch.device) -> Tensor:
+    return torch.randperm(n, device=device)
 
 
 def _gathered(x: Tensor) -> Tensor:

@@ -74,11 +74,12 @@ class CollapseMonitor:
                 f"the embeddings use few dimensions: effective rank {rank:.1f} of {most}. Try stronger "
                 f"augmentation, another temperature or a lower learning rate"
             )
-        if measured.get("teacher_contrast", 1.0) < 0.01:
+        agreement, contrast = (measured.get(f"teacher_{x}", 0.0) for x in ("agreement", "contrast"))
+        if agreement > 0.9 and contrast < 0.01:
             return (
-                f"student and teacher agree no more on one image than on two different ones (cosine "
-                f"{measured['teacher_agreement']:.3f}, {measured['teacher_contrast']:.3f} of it about the "
-                f"image). Try a lower learning rate, or another momentum of the teacher"
+                f"student and teacher agree as much on two different images as on one (mean cosine "
+                f"{agreement - contrast:.3f} and {agreement:.3f}). Try a lower learning rate, or another "
+                f"momentum of the teacher"
             )
         return None
 
