@@ -10,7 +10,6 @@ call.
 
 import ctypes
 import json
-import os
 import platform
 import re
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from device import cpu_name
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +69,7 @@ def main(
         return
     torch.manual_seed(0)
     console = Console(width=120)
-    device = _device_name()
+    device = cpu_name()
     rates = measure_rates()
     console.print(
         f"{device}, {torch.get_num_threads()} threads, {_C.cpu_isa()}, torch {torch.__version__}: "
@@ -239,12 +239,6 @@ def _median(call: Callable, rounds: int) -> float:
         call()
         samples.append(time.perf_counter() - began)
     return sorted(samples[3:])[rounds // 2]
-
-
-def _device_name() -> str:
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = model.group(1) if model else platform.machine()
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("(r)", "")).strip("-") + f"-{os.cpu_count()}cpu"
 
 
 if __name__ == "__main__":

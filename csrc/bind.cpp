@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -174,6 +175,80 @@ void ema_update_on_gpu(uintptr_t table, int64_t count, int target, int source, d
 }
 #endif
 
+// What DLPack (https://github.com/dmlc/dlpack, version 1.2) fixes of the functions by which a tensor library tells
+// others about its tensors; PyTorch offers them from 2.10 on.
+namespace dlpack {
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id, dims;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  void* previous;
+  void *allocate, *from_object, *to_object;
+  int (*view)(void* object, Tensor* out);  // fills `out` without owning anything; -1 with a Python exception set
+  void* stream;
+};
+
+}  // namespace dlpack
+
+// Calls put(number) for all there is to know of the tensors in a list: which objects they are, address, device, dtype,
+// shape and strides. None may stand among them. False where one is no plain tensor, or where put returned false.
+template <class Put>
+bool each_number(const py::list& tensors, const py::capsule& exchange, const Put& put) {
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  if (api->major != 1) return false;
+  for (const py::handle tensor : tensors) {
+    if (!put(reinterpret_cast<int64_t>(tensor.ptr()))) return false;
+    if (tensor.is_none()) continue;
+    dlpack::Tensor t{};
+    if (api->view(tensor.ptr(), &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    bool more = put(reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset)) &&
+                put(static_cast<int64_t>(t.device_type) << 32 | static_cast<uint32_t>(t.device_id)) &&
+                put(static_cast<int64_t>(t.kind) << 40 | static_cast<int64_t>(t.bits) << 32 | t.dims);
+    for (int32_t i = 0; more && i < t.dims; ++i) more = put(t.shape[i]) && put(t.strides ? t.strides[i] : -1);
+    if (!more) return false;
+  }
+  return true;
+}
+
+// Those numbers as bytes, or None.
+py::object describe(const py::list& tensors, const py::capsule& exchange) {
+  std::vector<int64_t> found;
+  found.reserve(6 * tensors.size());
+  const auto put = [&](int64_t number) {
+    found.push_back(number);
+    return true;
+  };
+  if (!each_number(tensors, exchange, put)) return py::none();
+  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(int64_t));
+}
+
+// Whether describe would give these bytes.
+bool matches(const py::list& tensors, const py::capsule& exchange, const py::bytes& described) {
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(described.ptr(), &data, &size) != 0) throw py::error_already_set();
+  const char *next = data, *end = data + size;
+  const auto put = [&](int64_t number) {
+    if (next == end || std::memcmp(next, &number, sizeof(number)) != 0) return false;
+    next += sizeof(number);
+    return true;
+  };
+  return each_number(tensors, exchange, put) && next == end;
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
@@ -201,6 +276,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pair_rows_fwd_f64", &pair_rows_fwd<double>, unlocked);
   m.def("pair_rows_bwd_f32", &pair_rows_bwd<float>, unlocked);
   m.def("pair_rows_bwd_f64", &pair_rows_bwd<double>, unlocked);
+  m.def("describe", &describe);
+  m.def("matches", &matches);
   m.def("ema_update", &ema_update_cpu, unlocked);
 #if defined(SSLFAST_CUDA)
   m.def("ema_update_cuda", &ema_update_on_gpu, unlocked);

@@ -125,7 +125,8 @@ struct WorkOf<double, double> {
   using type = double;
 };
 
-// Exact at both ends: t for m = 1, s for m = 0. `take` is the same for all elements: no branch is left in a loop.
+// Exact at both ends, for finite numbers: t for m = 1, s for m = 0. `take` is the same for all elements: no branch is
+// left in a loop.
 template <class W, class T, class S>
 SSLFAST_HD T ema(T target, S source, Momentum<W> m) {
   const W t = static_cast<W>(widen(target)), s = static_cast<W>(widen(source)), step = s - t;

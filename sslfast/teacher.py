@@ -4,11 +4,13 @@ import copy
 import itertools
 import math
 import operator
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sslfast.ops import _backend
 from sslfast.ops import ema as _ema
@@ -89,6 +91,7 @@ class EMATeacher(nn.Module):
         for p in self.model.parameters():
             p.requires_grad_(False).grad = None
         self._link: _Link | None = None
+        self._flats: list[Tensor] = []
         self._flatten()
 
     @torch.no_grad()
@@ -110,25 +113,26 @@ class EMATeacher(nn.Module):
         """
         momentum = self.momentum if momentum is None else momentum
         _ema.check_momentum("momentum", momentum)
+        momentum = momentum.detach() if isinstance(momentum, Tensor) else momentum
+        link = self._link
         if traced():
             return self._update_traced(unwrap(model), momentum)
-        link = self._link
-        if link is None or link.models != (self.model, model) or not link.holds():
-            student = unwrap(model)
-            _check_alike(self.model, student)
-            if _backend.addresses(list(self.model.parameters())) != self._addresses:
+        if link is None or not link.holds(self.model, model):
+            ours, student = unwrap(self.model), unwrap(model)
+            _check_alike(ours, student)
+            _check_memory(ours, student)
+            if not _backend.unchanged(list(ours.parameters()), self._described):
                 self._flatten()
-            self._link = link = _Link(self.model, student, self.buffers_mode)
-            link.models = self.model, model
-        if isinstance(momentum, Tensor):
-            momentum = momentum.detach()
+            self._link = link = _Link(self.model, model, self.buffers_mode)
         link.plan.run(link.targets, link.sources, momentum)
         if link.copies[0]:
             torch._foreach_copy_(*link.copies)
-        _ema.changed(self._flats + link.separate)
+        _ema.changed([*self._flats, *link.separate])
 
     def _update_traced(self, student: nn.Module, momentum: Tensor | float) -> None:
-        averaged, copied = _pairs(self.model, student, self.buffers_mode)
+        """Of tensors that may have no memory."""
+        _check_alike(unwrap(self.model), student)
+        averaged, copied = _pairs(unwrap(self.model), student, self.buffers_mode)
         _ema.ema_update_([t for _, t, _ in averaged], [s for _, _, s in averaged], momentum)
         for _, t, s in copied:
             t.copy_(s)
@@ -143,21 +147,18 @@ class EMATeacher(nn.Module):
         for p in self.model.parameters():
             if type(p) is nn.Parameter and p.dtype in FLOATS and _ema.addressable(p, p):
                 by_kind.setdefault((p.device, p.dtype), []).append(p)
-        self._flats: list[Tensor] = []
-        replaced: dict[nn.Parameter | None, nn.Parameter] = {}
+        self._link, self._flats = None, []
         for (device, dtype), parameters in by_kind.items():
             step = ALIGNMENT // dtype.itemsize
             starts = list(itertools.accumulate((-(-p.numel() // step) * step for p in parameters), initial=0))
             flat = torch.zeros(starts[-1], dtype=dtype, device=device)
             for p, start in zip(parameters, starts, strict=False):
-                view = flat.as_strided(p.shape, p.stride(), start).copy_(p)
-                replaced[p] = nn.Parameter(view, requires_grad=False)
+                view = nn.Parameter(flat.as_strided(p.shape, p.stride(), start), requires_grad=False)
+                view.copy_(p)
+                view.__dict__.update(p.__dict__)
+                torch.utils.swap_tensors(p, view)  # p stays the object that the model holds
             self._flats.append(flat)
-        for module in self.model.modules():
-            for name, held in module._parameters.items():
-                if held in replaced:
-                    module._parameters[name] = replaced[held]
-        self._addresses = [] if traced() else _backend.addresses(list(self.model.parameters()))
+        self._described = None if traced() else _backend.describe(list(unwrap(self.model).parameters()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EMATeacher":
         super()._apply(fn, recurse)  # gives each parameter memory of its own
@@ -181,24 +182,33 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check_alike(teacher: nn.Module, student: nn.Module) -> None:
-    """Raises unless both have parameters and buffers of the same names and shapes, in memory of their own."""
-    memory = {x.untyped_storage().data_ptr() for x in (*teacher.parameters(), *teacher.buffers())} - {0}
+    """Raises unless both have parameters and buffers of the same names and shapes."""
     for kind in ("parameter", "buffer"):
         ours, theirs = (dict(getattr(m, f"named_{kind}s")()) for m in (teacher, student))
         for name in [*theirs, *ours]:
             if name not in ours or name not in theirs:
                 where = "teacher" if name not in ours else "model"
                 raise ValueError(f"model: expected the teacher's {kind}s, but the {where} has no {name!r}")
-            t, s = ours[name], theirs[name]
-            if t.shape != s.shape:
+            if ours[name].shape != theirs[name].shape:
                 raise ValueError(
-                    f"model: expected shape {list(t.shape)} of {kind} {name!r}, got {list(s.shape)}"
+                    f"model: expected shape {list(ours[name].shape)} of {kind} {name!r}, "
+                    f"got {list(theirs[name].shape)}"
                 )
-            if s.untyped_storage().data_ptr() in memory:
+
+
+def _check_memory(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises unless each has memory of its own: a teacher that is the model itself lets the loss collapse."""
+    memory = {_memory(x) for x in (*teacher.parameters(), *teacher.buffers())} - {0}
+    for kind in ("parameter", "buffer"):
+        for name, x in getattr(student, f"named_{kind}s")():
+            if _memory(x) in memory:
                 raise ValueError(
-                    f"model: expected memory of its own, got {kind} {name!r} in the teacher's memory: a "
-                    f"teacher that is the model itself lets the loss collapse"
+                    f"model: expected memory of its own, got {kind} {name!r} in the teacher's memory"
                 )
+
+
+def _memory(x: Tensor) -> int:
+    return 0 if is_traceable_wrapper_subclass(x) else x.untyped_storage().data_ptr()
 
 
 Pair = tuple[str, Tensor, Tensor]
@@ -221,63 +231,62 @@ def _pairs(teacher: nn.Module, student: nn.Module, buffers: str) -> tuple[list[P
 class _Link:
     """A teacher and a model, pair by pair, for as long as nothing in either is replaced or moves.
 
-    It holds the memory that it knows, so that what is found at a known address is what was checked.
+    Args:
+        ours, given: the teacher's model and what `update` was given; either may be wrapped.
     """
 
-    TURNS = 16  # of updates, in which all of the teacher is looked at; the model is in each
-
-    models: tuple[nn.Module, nn.Module]
-    """The teacher's, and what `update` was given: the student, or a wrapper of it."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, buffers: str) -> None:
-        self.turn = 0
+    def __init__(self, ours: nn.Module, given: nn.Module, buffers: str) -> None:
+        teacher, student = unwrap(ours), unwrap(given)
         averaged, copied = _pairs(teacher, student, buffers)
         self.targets, self.sources = [t for _, t, _ in averaged], [s for _, _, s in averaged]
         self.copies = [t for _, t, _ in copied], [s for _, _, s in copied]
         self.plan = _ema.Plan(self.targets, self.sources, lambda i: f" {averaged[i][0]!r}")
         self.separate = [t for t in self.targets if type(t) is not nn.Parameter]
+        self.models = weakref.ref(ours), weakref.ref(given)
+        buffers_too = buffers != "keep"
+        self.ours, self.theirs = _Slots(teacher, buffers_too), _Slots(student, buffers_too)
+        self.described = _backend.describe(self.theirs.tensors)
+        # The model is described at each update; of the teacher, whose objects are watched, a part in turns.
+        tensors = [x for x in self.ours.tensors if x is not None]
+        turns = max(1, min(16, len(tensors)))
+        self.parts = [(tensors[k::turns], _backend.describe(tensors[k::turns])) for k in range(turns)]
+        self.turn = 0
 
-        self.children = [m._modules for m in student.modules() if m._modules]
-        self.modules = list(_values(self.children))
-        ours, theirs_at = (_where_tensors_are(model, buffers != "keep") for model in (teacher, student))
-        self.student = _Tensors(theirs_at)
-        self.teacher = [_Tensors(ours[turn :: self.TURNS]) for turn in range(self.TURNS)]
-        self.memory = [x.untyped_storage() for part in (self.student, *self.teacher) for x in part.found()]
-
-    def holds(self) -> bool:
+    def holds(self, ours: nn.Module, given: nn.Module) -> bool:
         """At the speed of C: a model may have thousands of parameters."""
-        self.turn = (self.turn + 1) % self.TURNS
-        children = list(_values(self.children))
+        self.turn = (self.turn + 1) % len(self.parts)
         return (
-            len(children) == len(self.modules)
-            and all(map(operator.is_, children, self.modules))
-            and self.student.unmoved()
-            and self.teacher[self.turn].unmoved()
+            self.models[0]() is ours
+            and self.models[1]() is given
+            and self.ours.same_modules()
+            and self.theirs.same_modules()
+            and sum(map(len, self.theirs.dicts)) == self.theirs.count
+            and all(map(operator.is_, self.ours.found(), self.ours.tensors))
+            and _backend.unchanged(self.theirs.found(), self.described)
+            and _backend.unchanged(*self.parts[self.turn])
         )
 
 
-class _Tensors:
-    """Tensors in dicts, as modules keep them, and their addresses at first."""
+class _Slots:
+    """Where a model keeps its modules, parameters and buffers: dicts."""
 
-    def __init__(self, dicts: list[dict]) -> None:
-        self.whole = [d for d in dicts if all(x is not None for x in d.values())]
-        rest = [d for d in dicts if any(x is None for x in d.values())]
-        self.others = [(d, key) for d in rest for key, x in d.items() if x is not None]
-        self.addresses = _backend.addresses(self.found())
+    def __init__(self, model: nn.Module, buffers: bool) -> None:
+        modules = list(model.modules())
+        kinds = ("_parameters", "_buffers") if buffers else ("_parameters",)
+        tensors: list[dict] = [getattr(m, kind) for m in modules for kind in kinds]
+        self.dicts = [*(m._modules for m in modules), *tensors]
+        self.count = sum(map(len, self.dicts))
+        self.of_modules, self.of_tensors = (
+            [m._modules for m in modules if m._modules],
+            list(filter(None, tensors)),
+        )
+        self.modules, self.tensors = list(_values(self.of_modules)), self.found()
 
-    def found(self) -> list:
-        return [*_values(self.whole), *(d.get(key) for d, key in self.others)]
+    def same_modules(self) -> bool:
+        return all(map(operator.is_, _values(self.of_modules), self.modules))
 
-    def unmoved(self) -> bool:
-        try:
-            return _backend.addresses(self.found()) == self.addresses
-        except TypeError:  # None instead of a tensor
-            return False
-
-
-def _where_tensors_are(model: nn.Module, buffers: bool) -> list[dict]:
-    kinds = ("_parameters", "_buffers") if buffers else ("_parameters",)
-    return [d for m in model.modules() for kind in kinds if (d := getattr(m, kind))]
+    def found(self) -> list[Tensor | None]:
+        return list(_values(self.of_tensors))
 
 
 def _values(dicts: list[dict]) -> Iterator:

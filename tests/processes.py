@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 def run(worker: Callable, count: int, folder: Path) -> list:
     """[worker(rank) for each rank], each in a process of one Gloo group."""
+    folder.mkdir(exist_ok=True)
     results = torch.multiprocessing.Manager().dict()
     torch.multiprocessing.spawn(_run, (worker, count, str(folder / "store"), results), nprocs=count)
     return [results[rank] for rank in range(count)]
@@ -31,3 +32,28 @@ def shuffled_keys(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     seen = []
     encoded = shuffled(lambda x: seen.append(x) or x[:, None] * 2, torch.arange(4.0) + 4 * rank)
     return seen[0], encoded
+
+
+def moco_step(rank: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(keys of this process, its queue, how many layers are split) after one step of MoCo."""
+    from pathlib import Path
+
+    from sslfast.train import loop
+    from sslfast.train.batchnorm import SplitBatchNorm2d
+    from sslfast.train.methods.moco import Config
+
+    model = loop.build("moco", Config(Path("unused"), queue_size=20, projection_dim=4), 1, 12)
+    model.before_step()
+    _, metrics = model.training_step(tuple(torch.rand(2, 4, 1, 12, 12)))
+    split = sum(isinstance(m, SplitBatchNorm2d) for m in model.modules())
+    return metrics["targets"], model.queue.keys, split
+
+
+def mocov3_loss(rank: int) -> torch.Tensor:
+    """InfoNCE of this process's rows of queries and keys that all processes can make."""
+    from sslfast import info_nce_loss
+    from sslfast.train.batchnorm import elsewhere
+
+    torch.manual_seed(5)
+    query, key = (torch.randn(2, 4, 6)[:, rank : rank + 1].flatten(0, 1) for _ in range(2))
+    return info_nce_loss(query, key, negatives=elsewhere(key), temperature=0.2)

@@ -31,6 +31,20 @@ def train(out, method: str, *options: str) -> tuple[float, float, str]:
     return float(accuracy[1]), float(seconds[1]), done.stdout
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("byol", "--epochs 10 --batch-size 32 --learning-rate 1e-3 --momentum 0.95 --hidden-dim 1024"),
+        ("moco", "--epochs 20 --batch-size 128 --queue-size 1024"),
+        ("mocov3", "--epochs 10 --batch-size 128 --hidden-dim 1024"),
+    ],
+)
+def test_teachers_on_mnist5k(method, options, tmp_path):
+    accuracy, seconds, printed = train(tmp_path / "run", method, "--data", "mnist5k", *options.split())
+    assert accuracy >= 0.80 and seconds <= 180
+    assert "warning" not in printed
+
+
 def test_simclr_on_mnist5k(tmp_path):
     began = time.monotonic()
     accuracy, seconds, printed = train(tmp_path / "run", "simclr", "--data", "mnist5k", "--epochs", "20")

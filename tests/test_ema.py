@@ -178,6 +178,52 @@ def test_the_table_is_made_once_and_again_when_memory_changes(plans):
         ema_update_(targets, sources, 0.0)
 
 
+def test_a_tensor_that_changed_in_place_is_looked_at_again(plans):
+    """The same object, at the same address."""
+    canary = torch.full((100,), 7.0)
+    for change in (
+        lambda x: x.resize_(10),
+        lambda x: x.transpose_(0, 1),
+        lambda x: setattr(x, "data", x.data[:3]),
+        lambda x: setattr(x, "data", x.data.view(torch.int32)[:, :5].view(torch.float32)),
+        lambda x: (x.untyped_storage().resize_(0), x.resize_(25)),
+    ):
+        pairs = [torch.randn(10, 10) for _ in range(2)]
+        ema_update_(pairs[:1], pairs[1:], 0.5)
+        made = len(plans)
+        for x in pairs:
+            change(x)
+            x.copy_(torch.randn(x.shape))
+        expected = [x.clone() for x in pairs]
+        ema.reference(expected[:1], expected[1:], 0.25)
+        ema_update_(pairs[:1], pairs[1:], 0.25)
+        torch.testing.assert_close(pairs[0], expected[0])
+        assert len(plans) == made + 1 and (canary == 7).all()
+    one, other = torch.randn(4, 5), torch.randn(4, 5)
+    ema_update_([one], [other], 0.5)
+    other.transpose_(0, 1)
+    with pytest.raises(ValueError, match=r"sources\[0\]: expected shape \[4, 5\], got \[5, 4\]"):
+        ema_update_([one], [other], 0.5)
+
+
+def test_without_dlpack_s_exchange_functions_it_is_the_same(plans, monkeypatch):
+    """torch before 2.10."""
+    monkeypatch.setattr(_backend, "_EXCHANGE", None)
+    targets, sources = lists(((5,), (7,)))
+    for _ in range(3):
+        ema_update_(targets, sources, 0.5)
+    targets[0].resize_(2), sources[0].resize_(2)
+    ema_update_(targets, sources, 0.5)
+    assert len(plans) == 2
+
+
+def test_tensors_with_gaps_are_checked_once_too(plans):
+    targets, sources = [torch.zeros(6, 2)[:, 0], torch.zeros(3)], [torch.ones(6), torch.ones(3)]
+    for _ in range(3):
+        ema_update_(targets, sources, 0.5)
+    assert len(plans) == 1 and all((t == 0.875).all() for t in targets)
+
+
 def test_nothing_is_kept_of_tensors_that_are_gone():
     before = set(ema._kept)
     targets, sources = lists(((5,), (7,)))
@@ -281,6 +327,14 @@ def test_compile_and_opcheck():
         doubled = torch.compile(step, fullgraph=True)(t, s, momentum)
         torch.testing.assert_close(t, expected)
         torch.testing.assert_close(doubled, 2 * expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=1):  # tensors: a schedule does not compile anew
+        for momentum in torch.linspace(0.9, 1, 5, dtype=torch.float64):
+            expected = copy.deepcopy(t)
+            ema_update_([expected], [s], momentum)
+            compiled(t, s, momentum)
+            torch.testing.assert_close(t, expected)
     op = torch.ops.sslfast.ema_update_.default
     torch.library.opcheck(
         op, ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], 0.5, None)

@@ -93,11 +93,14 @@ def test_mocov3_heads(tmp_path, monkeypatch):
     assert layers(model.projector) == [linear(24, 128), *inner, linear(12, 24), last]
     assert layers(model.predictor) == [linear(24, 12), *inner, linear(12, 24)]
     monkeypatch.setitem(SIZES, "vit_tiny", {"dim": 16, "depth": 1, "heads": 2})
-    options = dict(backbone="vit_tiny", patch_size=4, positions="fixed", weight_decay=0.1)
+    options = dict(backbone="vit_tiny", patch_size=4, heads=4, positions="fixed", weight_decay=0.1)
     model, update = build("mocov3", tmp_path, **options)
     assert layers(model.projector) == [linear(24, 16), *inner, linear(24, 24), *inner, linear(12, 24), last]
     assert layers(model.predictor) == [linear(24, 12), *inner, linear(12, 24), last]
     trained = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    assert model.encoder.blocks[0].attention.heads == 4
+    with pytest.raises(ValueError, match="heads: expected a divisor of 16, got 3"):
+        build("mocov3", tmp_path, **{**options, "heads": 3})
     assert "class_token" in trained and not any(name.startswith("patch_embed") for name in trained)
     weight = model.encoder.patch_embed.weight
     assert 0.9 < weight.abs().max() / (6 / (16 + 16)) ** 0.5 <= 1 and not model.encoder.patch_embed.bias.any()
@@ -191,6 +194,23 @@ def test_keys_are_shuffled_across_processes(tmp_path):
         assert torch.equal(encoded, 2 * (torch.arange(4.0) + 4 * rank)[:, None])
     seen, whole = torch.cat([images for images, _ in found]), torch.arange(12.0)
     assert torch.equal(seen.sort().values, whole) and not torch.equal(seen, whole)
+
+
+def test_moco_enqueues_the_keys_of_all_processes(tmp_path):
+    found = processes.run(processes.moco_step, 2, tmp_path)
+    for _, queue, split in found:
+        torch.testing.assert_close(queue[:8], torch.cat([keys for keys, _, _ in found]))
+        assert split == 0  # each process is a part of its own
+    (found,) = processes.run(processes.moco_step, 1, tmp_path / "one")
+    assert found[2] > 0
+
+
+def test_mocov3_compares_with_the_keys_of_all_processes(tmp_path):
+    losses = processes.run(processes.mocov3_loss, 3, tmp_path)
+    torch.manual_seed(5)
+    query, key = (torch.randn(2, 4, 6)[:, :3].transpose(0, 1).flatten(0, 1) for _ in range(2))
+    expected = sslfast.info_nce_loss(query, key, temperature=0.2)
+    torch.testing.assert_close(torch.stack(losses).mean(), expected)
 
 
 # Views.
@@ -322,7 +342,8 @@ def test_a_compiled_step_trains_like_an_eager_one(method, images, tmp_path):
     "method, name, value",
     [("byol", "momentum", 1.1), ("byol", "hidden_dim", 0), ("moco", "queue_size", 0), ("moco", "head", "x"),
      ("moco", "temperature", 0.0), ("moco", "bn_splits", 0), ("moco", "schedule", "linear"),
-     ("mocov3", "momentum", -0.1), ("mocov3", "projection_dim", 0), ("mocov3", "temperature", -1.0)],
+     ("mocov3", "heads", -1), ("mocov3", "momentum", -0.1), ("mocov3", "projection_dim", 0),
+     ("mocov3", "temperature", -1.0)],
 )  # fmt: skip
 def test_bad_options_are_named(method, name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name}: expected"):

@@ -1,8 +1,10 @@
 """EMATeacher and its schedule: numbers, buffers, wrappers, what it notices, what it refuses."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from sslfast.ops import ema
 
 
 def network() -> nn.Module:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4)
+    )
     net[4].bias.requires_grad_(False)
     net.register_buffer("table", torch.arange(5))
     return net
@@ -197,8 +201,11 @@ def plans(monkeypatch):
         lambda student, teacher: teacher.model.double(),
         lambda student, teacher: teacher.model.load_state_dict(state(student), assign=True),
         lambda student, teacher: setattr(teacher, "model", copy.deepcopy(student)),
+        lambda student, teacher: teacher.model.__setitem__(4, nn.Linear(8, 4)),
+        lambda student, teacher: setattr(teacher.model[4], "weight", nn.Parameter(torch.zeros(4, 8))),
     ],
-    ids=["parameter", "module", "data", "dtype", "layout", "buffer", "teacher", "its model", "assign", "all"],
+    ids=["parameter", "module", "data", "dtype", "layout", "buffer", "teacher", "its model", "assign", "all",
+         "its module", "its parameter"],
 )  # fmt: skip
 def test_what_was_replaced_is_followed(change, plans):
     student = network()
@@ -217,14 +224,74 @@ def test_what_was_replaced_is_followed(change, plans):
     assert len(plans) == 2
 
 
-def test_a_parameter_of_the_teacher_alone_is_noticed_within_sixteen_updates():
+def test_memory_of_the_teacher_that_moved_is_noticed():
     student = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
     teacher = EMATeacher(student, 0.0)
     teacher.update(student)
     teacher.model[7].weight.data = torch.zeros(2, 2)
-    for _ in range(16):
+    for _ in range(16):  # a part of the teacher is looked at in each update
         teacher.update(student)
     assert_same(state(teacher.model), state(student))
+    for small in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))):
+        teacher = EMATeacher(small, 0.0)
+        teacher.update(small)
+        teacher.model.double()
+        moved(small)
+        teacher.update(small)
+        assert_same(
+            state(teacher.model), {n: x.to(state(teacher.model)[n].dtype) for n, x in state(small).items()}
+        )
+
+
+def test_a_parameter_that_views_the_same_memory_in_another_way():
+    student = nn.Linear(4, 4, bias=False)
+    teacher = EMATeacher(student, 0.0)
+    teacher.update(student)
+    student.weight = nn.Parameter(student.weight.detach().t())
+    teacher.update(student)
+    torch.testing.assert_close(teacher.model.weight, student.weight.detach())
+    student.weight = nn.Parameter(student.weight.detach()[:2])
+    with pytest.raises(ValueError, match=r"shape \[4, 4\] of parameter 'weight', got \[2, 4\]"):
+        teacher.update(student)
+
+
+def test_other_references_to_a_parameter_follow_too():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.all = [self.weight]
+
+    student = Twice()
+    teacher = EMATeacher(student, 0.0)
+    assert teacher.model.all[0] is teacher.model.weight
+    moved(student)
+    teacher.update(student)
+    assert torch.equal(teacher.model.all[0], student.weight)
+
+
+def test_the_student_is_not_kept_alive():
+    student = nn.Linear(3, 3)
+    teacher, gone = EMATeacher(student), weakref.ref(student)
+    teacher.update(student)
+    del student
+    gc.collect()
+    assert gone() is None
+    teacher.update(nn.Linear(3, 3))
+
+
+def test_under_another_dispatch_mode():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    student = network()
+    teacher = EMATeacher(student, 0.0)
+    moved(student)
+    with FlopCounterMode(display=False):
+        teacher.update(student)
+        assert_same(state(teacher.model), state(student)) if teacher.buffers_mode == "copy" else None
+        student[4].bias = None
+        with pytest.raises(ValueError, match="the model has no '4.bias'"):
+            teacher.update(student)
 
 
 def test_autograd_sees_an_update():
@@ -271,6 +338,11 @@ def test_memory_shared_with_the_student_is_refused():
     with pytest.raises(ValueError, match=shared):
         teacher.update(student)
     teacher = EMATeacher(student)
+    teacher.update(student)
+    teacher.model[1] = student[1]
+    with pytest.raises(ValueError, match="got parameter '1.weight' in the teacher's memory"):
+        teacher.update(student)
+    teacher = EMATeacher(student)
     teacher.model[1].running_mean = student[1].running_mean
     with pytest.raises(ValueError, match="got buffer '1.running_mean' in the teacher's memory"):
         teacher.update(student)
@@ -280,6 +352,9 @@ def test_memory_shared_with_the_student_is_refused():
     "change, message",
     [
         (lambda m: setattr(m, "5", nn.Linear(2, 2)), "the teacher has no '5.weight'"),
+        (lambda m: setattr(m[4], "adapter", nn.Linear(2, 2)), "the teacher has no '4.adapter.weight'"),
+        (lambda m: m.register_parameter("more", nn.Parameter(torch.zeros(2))), "the teacher has no 'more'"),
+        (lambda m: setattr(m[0], "bias", nn.Parameter(torch.zeros(8))), "the teacher has no '0.bias'"),
         (lambda m: m.__delitem__(4), "the model has no '4.weight'"),
         (lambda m: setattr(m[4], "bias", None), "the model has no '4.bias'"),
         (lambda m: setattr(m[4], "weight", nn.Parameter(torch.zeros(5, 8))), r"\[4, 8\] of .*'4.weight'"),

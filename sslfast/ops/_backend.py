@@ -4,9 +4,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sslfast import _C
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
@@ -164,6 +167,28 @@ def address(name: str, tensor: Tensor) -> int:
     return at
 
 
-def addresses(tensors: list[Tensor]) -> list[int]:
-    """What may move under tensors that were checked before: all addresses, at the speed of C."""
-    return list(map(Tensor.data_ptr, tensors))
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and newer
+
+
+def describe(tensors: list) -> Any:
+    """Which objects tensors are, their addresses, devices, dtypes, shapes and strides, for `unchanged`.
+
+    None may stand among them. The result is None where a tensor has no memory to speak of.
+    """
+    if _EXCHANGE is not None:
+        return _C.describe(tensors, _EXCHANGE)
+    try:
+        return [
+            x if x is None else (id(x), x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) for x in tensors
+        ]
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def unchanged(tensors: list, described: Any) -> bool:
+    """Whether tensors are as they were described, so that what was checked then need not be again."""
+    if described is None:
+        return False
+    return (
+        _C.matches(tensors, _EXCHANGE, described) if _EXCHANGE is not None else describe(tensors) == described
+    )

@@ -9,6 +9,7 @@ import struct
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class Table:
             yield
             return
         with torch.cuda.device(self.device):
-            if not torch.cuda.is_current_stream_capturing():
+            if torch.cuda.is_current_stream_capturing():
+                _captured.append(self.rows)  # the graph will read it whenever it is replayed
+            else:
                 stream = torch.cuda.current_stream()
                 stream.wait_event(self.copied)
                 self.rows.record_stream(stream)
@@ -60,6 +63,9 @@ class Table:
 
     def address(self) -> int:
         return _backend.pointer("table", self.rows, torch.int64, tuple(self.rows.shape), self.device)
+
+
+_captured: list[Tensor] = []
 
 
 class Plan:
@@ -90,13 +96,15 @@ class Plan:
     def run(self, targets: list[Tensor], sources: list[Tensor], momentum: Tensor | float) -> None:
         """Updates the tensors that the plan was made of."""
         others = self.others
+        if isinstance(momentum, Tensor) and momentum.device.type != "cpu":
+            for device in {table.device for table in self.tables}:
+                if momentum.device != device:
+                    raise ValueError(f"momentum: expected device {device}, got {momentum.device}")
         for table in self.tables:
             backend = _backend.resolve("ema_update_", table.device, table.target)
             if backend == "reference":
                 others = others + table.pairs
                 continue
-            if isinstance(momentum, Tensor) and momentum.device.type not in (table.device.type, "cpu"):
-                raise ValueError(f"momentum: expected device {table.device}, got {momentum.device}")
             with table.ready():
                 _backend.implementation("ema_update_", backend).forward(table, momentum)
         if others:
@@ -166,7 +174,8 @@ def _check_disjoint(
 def _table(targets: list[Tensor], sources: list[Tensor], pairs: list[int]) -> Table:
     t, s = [targets[i] for i in pairs], [sources[i] for i in pairs]
     device, piece, rows = t[0].device, tuning.EMA_SEGMENT, []
-    for x, y, to, at in zip(t, s, _backend.addresses(t), _backend.addresses(s), strict=True):
+    for x, y in zip(t, s, strict=True):
+        to, at = _backend.address("targets", x), _backend.address("sources", y)
         for first in range(0, x.numel(), piece):
             count = min(piece, x.numel() - first)
             rows.append((to + first * x.element_size(), at + first * y.element_size(), count))
@@ -231,7 +240,11 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def _cuda_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if not hasattr(_C, "ema_update_cuda"):
         return "it was built without nvcc"
-    return None if device.type == "cuda" and torch.version.cuda else "it serves CUDA tensors"
+    if device.type != "cuda" or not torch.version.cuda:
+        return "it serves CUDA tensors"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8:
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
 
 
 for _name, _update, _refuses in (
@@ -242,16 +255,13 @@ for _name, _update, _refuses in (
     _backend.register("ema_update_", _name, _backend.Backend(_update, None, _refuses))
 
 
-# Plans of earlier calls. They know tensors by their ids and go as soon as one of the tensors does; until then
-# they hold the memory, so that what is found at a known address is what was checked.
+# Plans of earlier calls, by the ids of their tensors: one goes as soon as one of its tensors does.
 
 
 @dataclass
 class _Kept:
     plan: Plan
-    ids: list[int]
-    addresses: list[int]
-    memory: list[torch.UntypedStorage]
+    described: Any
     watch: list[weakref.ref]
 
 
@@ -260,18 +270,17 @@ _kept: dict[tuple[int, int, int], _Kept] = {}
 
 def _plan(targets: list[Tensor], sources: list[Tensor]) -> Plan:
     key, both = (id(targets[0]), id(sources[0]), len(targets)), targets + sources
-    ids = list(map(id, both))
     kept = _kept.get(key)
-    if kept is not None and kept.ids == ids and kept.addresses == _backend.addresses(both):
+    if kept is not None and _backend.unchanged(both, kept.described):
         return kept.plan
     plan = Plan(targets, sources, lambda i: f"[{i}]")
-    if not plan.others:
+    described = _backend.describe(both)
+    if described is not None:
 
         def forget(_: weakref.ref) -> None:
             _kept.pop(key, None)
 
-        memory, watch = [x.untyped_storage() for x in both], [weakref.ref(x, forget) for x in both]
-        _kept[key] = _Kept(plan, ids, _backend.addresses(both), memory, watch)
+        _kept[key] = _Kept(plan, described, [weakref.ref(x, forget) for x in both])
     return plan
 
 
@@ -310,7 +319,8 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
             target or a source.
         sources: as many, of the same shapes and devices, each of any of these dtypes.
         momentum: number or 0-d tensor in [0, 1]. A tensor on the device is read when the kernel runs, so that
-            a captured graph sees it change; float64 keeps 1 - momentum exact.
+            a captured graph sees it change and torch.compile, for which a number is a constant, does not
+            compile anew; float64 keeps 1 - momentum exact.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, or shared memory;

@@ -1,4 +1,4 @@
-"""BatchNorm for MoCo, whose keys may not be normalised together with their queries (He et al. 2020)."""
+"""Keys of MoCo: BatchNorm that does not tell them which query is theirs, and those of other processes."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None and self.running_var is not None  # see split_batchnorm
         assert self.num_batches_tracked is not None and self.momentum is not None
         parts = x.tensor_split(min(self.splits, len(x)))
         means, variances = (s.expand(len(parts), -1).clone() for s in (self.running_mean, self.running_var))
@@ -37,9 +37,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
     """The module with SplitBatchNorm2d instead of each BatchNorm2d, on the same parameters and statistics."""
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) is nn.BatchNorm2d and child.track_running_stats and child.momentum is not None:
             split = SplitBatchNorm2d(child.num_features, splits, eps=child.eps, momentum=child.momentum)
             split._parameters, split._buffers = child._parameters, child._buffers
+            split.train(child.training)
             setattr(module, name, split)
         else:
             split_batchnorm(child, splits)
@@ -52,14 +53,27 @@ def shuffled(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     On several processes images change places between all of them, in an order that the first one draws; on
     one process they do within the batch, which matters with SplitBatchNorm2d. All processes have as many.
     """
-    batch, processes = len(images), dist.get_world_size() if dist.is_initialized() else 1
-    order = _permutation(batch * processes, images.device)
-    if processes == 1:
+    batch = len(images)
+    order = _permutation(batch * processes(), images.device)
+    if processes() == 1:
         return encode(images[order])[order.argsort()]
     dist.broadcast(order, src=0)
     own = slice(batch * dist.get_rank(), batch * (dist.get_rank() + 1))
-    encoded = encode(_gathered(images)[order[own]])
-    return _gathered(encoded)[order.argsort()[own]]
+    encoded = encode(gathered(images)[order[own]])
+    return gathered(encoded)[order.argsort()[own]]
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def elsewhere(x: Tensor) -> Tensor | None:
+    """The rows that other processes have, without gradients; None where there is no other."""
+    if processes() == 1:
+        return None
+    before = len(x) * dist.get_rank()
+    everywhere = gathered(x)
+    return torch.cat((everywhere[:before], everywhere[before + len(x) :]))
 
 
 @torch.compiler.disable  # torch 2.13 fails to compile images[torch.randperm(n)]
@@ -67,7 +81,11 @@ def _permutation(n: int, device: torch.device) -> Tensor:
     return torch.randperm(n, device=device)
 
 
-def _gathered(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+@torch.no_grad()
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, which have as many each, in their order; without gradients."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)

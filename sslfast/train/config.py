@@ -36,6 +36,8 @@ class TrainConfig:
     """Of resnet18 and resnet50; auto: small up to 64 pixels."""
     patch_size: int = 16
     """Of a ViT; divides the side of the images."""
+    heads: int = 0
+    """Of a ViT; 0: those of its name. MoCo v3 has 12 in vit_small."""
     positions: Literal["learned", "fixed"] = "learned"
     """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
@@ -50,7 +52,7 @@ class TrainConfig:
     schedule: Literal["cosine", "steps"] = "cosine"
     """Of the learning rate; steps: a tenth of it from 60% of the run on, a hundredth from 80%."""
     weight_decay: float = 1e-4
-    """Not applied to biases and normalisation weights."""
+    """Not applied to biases and normalisation weights, but for moco and mocov3 without lars, as published."""
     warmup_epochs: float = 2.0
     clip_norm: float = 0.0
     """Greatest norm of the gradient of all parameters together; 0: not clipped."""
@@ -75,7 +77,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self.check_at_least(0, "workers", "knn_every", "seed")
+        self.check_at_least(0, "workers", "knn_every", "seed", "heads")
         self.check_at_least(1, "epochs", "accumulate", "patch_size")
         self.check_at_least(2, "batch_size")
         self.check_at_least(8, "image_size")

@@ -108,6 +108,7 @@ def backbone(
     stem: str = "auto",
     patch_size: int = 16,
     positions: str = "learned",
+    heads: int = 0,
 ) -> nn.Module:
     """The backbone called `name`.
 
@@ -119,6 +120,7 @@ def backbone(
         stem: of a ResNet: "small" (3x3, stride 1), "imagenet" (7x7, stride 2, pooling), or "auto": by
         image_size.
         patch_size, positions: of a ViT.
+        heads: of a ViT; 0: those of its name.
 
     Raises:
         ValueError: an unknown name, a package that is not installed, or a patch that does not divide the
@@ -133,7 +135,10 @@ def backbone(
     if name == "resnet50":
         return ResNet(channels, (64, 128, 256, 512), (3, 4, 6, 3), (1, 2, 2, 2), bottleneck=True, stem=stem)
     if name in SIZES:
-        return ViT(channels, image_size, patch_size, **SIZES[name], positions=positions)
+        sizes = {**SIZES[name], "heads": heads or SIZES[name]["heads"]}
+        if sizes["dim"] % sizes["heads"]:
+            raise ValueError(f"heads: expected a divisor of {sizes['dim']}, got {heads}")
+        return ViT(channels, image_size, patch_size, **sizes, positions=positions)
     library, _, model = name.partition(":")
     if library in ("torchvision", "timm") and model:
         return _borrow(library, model, channels, image_size)
@@ -145,8 +150,9 @@ def backbone(
 def build(cfg: TrainConfig, channels: int, size: int) -> Any:
     """The backbone of a run for images [channels, size, size]."""
     return backbone(
-        cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions
-    )
+        cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions,
+        heads=cfg.heads,
+    )  # fmt: skip
 
 
 def _borrow(library: str, name: str, channels: int, image_size: int) -> nn.Module:

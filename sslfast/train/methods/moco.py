@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from sslfast import EMATeacher, KeyQueue, moco_loss
 from sslfast.train import models, optim
-from sslfast.train.batchnorm import shuffled, split_batchnorm
+from sslfast.train.batchnorm import gathered, processes, shuffled, split_batchnorm
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, unit_rows
 
@@ -42,7 +41,7 @@ def build(cfg: Config, channels: int, size: int) -> Method:
     head = nn.Linear(encoder.dim, cfg.projection_dim)
     mlp = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), head)
     projector = mlp if cfg.head == "mlp" else head
-    if cfg.bn_splits > 1 and not torch.distributed.is_initialized():
+    if cfg.bn_splits > 1 and processes() == 1:
         split_batchnorm(encoder, cfg.bn_splits)
     queue = KeyQueue(cfg.queue_size, cfg.projection_dim)
     return MoCo(encoder, projector, queue, cfg.momentum, cfg.temperature)
@@ -78,5 +77,5 @@ class MoCo(Method):
         query = unit_rows(self.projector(self.encoder(views[0])))
         key = unit_rows(shuffled(self.keys, views[1]))
         loss = moco_loss(query, key, self.queue.keys, self.temperature, normalize=False)
-        self.queue.enqueue(key)
+        self.queue.enqueue(gathered(key))
         return loss, {"embeddings": query.detach(), "targets": key}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sslfast import EMATeacher, cosine_momentum, info_nce_loss
 from sslfast.train import models, optim
+from sslfast.train.batchnorm import elsewhere
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, Now, unit_rows
 from sslfast.train.vit import ViT
@@ -18,8 +19,9 @@ from sslfast.train.vit import ViT
 class Config(TrainConfig):
     """MoCo v3 (Chen et al. 2021).
 
-    The paper's ViT: --positions fixed --weight-decay 0.1 --warmup-epochs 40 at a batch of 4096, and 12 heads
-    in vit_small. Its ResNet-50: --optimizer lars --temperature 1 --weight-decay 1.5e-6 --warmup-epochs 10.
+    The paper's ViT-S: --backbone vit_small --heads 12 --positions fixed --weight-decay 0.1 --warmup-epochs 40
+    at a batch of 4096. Its ResNet-50: --optimizer lars --temperature 1 --weight-decay 1.5e-6
+    --warmup-epochs 10.
     """
 
     temperature: float = 0.2
@@ -106,7 +108,7 @@ class MoCoV3(Method):
         queries = [unit_rows(self.predictor(self.projector(self.encoder(view)))) for view in views]
         keys = [unit_rows(self.keys(view)) for view in views]
         losses = [
-            info_nce_loss(query, key, temperature=self.temperature, normalize=False)
+            info_nce_loss(query, key, negatives=elsewhere(key), temperature=self.temperature, normalize=False)
             for query, key in zip(queries, reversed(keys), strict=True)
         ]
         loss = 2 * self.temperature * (losses[0] + losses[1])
