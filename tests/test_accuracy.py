@@ -34,7 +34,7 @@ def train(out, method: str, *options: str) -> tuple[float, float, str]:
 @pytest.mark.parametrize(
     "method, options",
     [
-        ("byol", "--epochs 10 --batch-size 32 --learning-rate 1e-3 --momentum 0.95 --hidden-dim 1024"),
+        ("byol", "--epochs 9 --batch-size 32 --learning-rate 1e-3 --momentum 0.95 --hidden-dim 1024"),
         ("moco", "--epochs 20 --batch-size 128 --queue-size 1024"),
         ("mocov3", "--epochs 10 --batch-size 128 --hidden-dim 1024"),
     ],
