@@ -92,6 +92,7 @@ class EMATeacher(nn.Module):
             p.requires_grad_(False).grad = None
         self._link: _Link | None = None
         self._flats: list[Tensor] = []
+        self._apart: list[Tensor] = []  # parameters with a version of their own
         self._flatten()
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ class EMATeacher(nn.Module):
         link.plan.run(link.targets, link.sources, momentum)
         if link.copies[0]:
             torch._foreach_copy_(*link.copies)
-        _ema.changed([*self._flats, *link.separate])
+        _ema.changed([*self._flats, *self._apart, *link.separate])
 
     def _update_traced(self, student: nn.Module, momentum: Tensor | float) -> None:
         """Of tensors that may have no memory."""
@@ -147,7 +148,7 @@ class EMATeacher(nn.Module):
         for p in self.model.parameters():
             if type(p) is nn.Parameter and p.dtype in FLOATS and _ema.addressable(p, p):
                 by_kind.setdefault((p.device, p.dtype), []).append(p)
-        self._link, self._flats = None, []
+        self._link, self._flats, self._apart = None, [], []
         for (device, dtype), parameters in by_kind.items():
             step = ALIGNMENT // dtype.itemsize
             starts = list(itertools.accumulate((-(-p.numel() // step) * step for p in parameters), initial=0))
@@ -156,7 +157,11 @@ class EMATeacher(nn.Module):
                 view = nn.Parameter(flat.as_strided(p.shape, p.stride(), start), requires_grad=False)
                 view.copy_(p)
                 view.__dict__.update(p.__dict__)
-                torch.utils.swap_tensors(p, view)  # p stays the object that the model holds
+                try:
+                    torch.utils.swap_tensors(p, view)  # p stays the object that the model holds
+                except RuntimeError:  # something else, such as a graph, holds what would be swapped
+                    p.data = view.detach()
+                    self._apart.append(p)
             self._flats.append(flat)
         self._described = None if traced() else _backend.describe(list(unwrap(self.model).parameters()))
 

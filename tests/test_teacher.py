@@ -304,6 +304,21 @@ def test_autograd_sees_an_update():
         out.sum().backward()
 
 
+def test_a_parameter_that_something_else_holds_weakly():
+    student = nn.Linear(3, 3)
+    teacher = EMATeacher(student, 0.0)
+    held = weakref.ref(teacher.model.weight)
+    teacher.double()
+    moved(student)
+    teacher.update(student)
+    assert held() is teacher.model.weight and held().dtype == torch.float64
+    assert_same(state(teacher.model), {name: x.double() for name, x in state(student).items()})
+    out = teacher.model(torch.randn(4, 3, dtype=torch.float64, requires_grad=True))
+    teacher.update(student)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_trains_with_compile_and_stays_the_plain_average():
     torch._dynamo.reset()
     student = nn.Linear(3, 3)
