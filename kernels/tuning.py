@@ -63,7 +63,7 @@ EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
     (90, "expect", 2, 128): Tile(64, 64, 4, 3),  # three do
     (90, "grad", 2, 128): Tile(128, 64, 8, 3, ahead=True),
     (90, "grad", 2, 256): Tile(64, 64, 8, 2, ahead=True),
-    (120, "attend", 2, 128): Tile(128, 64, 8, 2),
+    (120, "attend", 2, 128): Tile(64, 64, 8, 2),
     (90, "expect", 4, 64): Tile(64, 32, 4, 2),
     (90, "grad", 4, 64): Tile(64, 32, 4, 2),
 }
