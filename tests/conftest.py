@@ -91,3 +91,13 @@ def interrupt(monkeypatch):
         monkeypatch.setattr(loop.Update, "step", counted)
 
     return arrange
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """One entry for each table of EMA updates that is made."""
+    from sslfast.ops import ema
+
+    made, init = [], ema.Plan.__init__
+    monkeypatch.setattr(ema.Plan, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    return made

@@ -54,7 +54,7 @@ fi
 workers=""
 "$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
 stage "tests" 210 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
-    tests/test_ema.py
+    tests/test_ema_kernels.py
 stage "EMA" 60 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sslfast import _C
 from sslfast.kernels import tuning
 from sslfast.ops import _backend
-from sslfast.ops._check import FLOATS, may_read, number
+from sslfast.ops._check import FLOATS, check_tensor, may_read, number
 from sslfast.ops._library import define
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # Float in csrc/ema.h
@@ -112,19 +112,8 @@ class Plan:
 
 
 def _check_pair(t: Tensor, s: Tensor, name: str) -> None:
-    for side, x in (("targets", t), ("sources", s)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{side}{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{side}{name}: expected {' or '.join(map(str, FLOATS))}, got {x.dtype}")
-        if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{side}{name}: expected a dense tensor, got layout {x.layout}")
-        if x.device.type == "meta":
-            raise ValueError(f"{side}{name}: expected a tensor with data, got one on the meta device")
-    if t.shape != s.shape:
-        raise ValueError(f"sources{name}: expected shape {list(t.shape)}, got {list(s.shape)}")
-    if t.device != s.device:
-        raise ValueError(f"sources{name}: expected device {t.device}, got {s.device}")
+    check_tensor(f"targets{name}", t, FLOATS, tuple(t.shape) if isinstance(t, Tensor) else ())
+    check_tensor(f"sources{name}", s, FLOATS, tuple(t.shape), t)
     if torch._debug_has_internal_overlap(t) == 1:
         raise ValueError(f"targets{name}: expected elements with memory of their own, got an expanded tensor")
     if s is t or (s._is_view() and t._is_view() and s._base is t._base and s.data_ptr() == t.data_ptr()):
