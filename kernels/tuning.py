@@ -23,6 +23,14 @@ SMALL = 1024 * 1024  # up to so many logits the running maximum alone serves: fe
 # side in float32, few enough registers for all warps of a multiprocessor. And its longest segment.
 EMA_BLOCK, EMA_SEGMENT = 1024, 16384
 
+# Patches that one program sorts for a mask; a longer row is sorted by PyTorch.
+MASK_SORT = 4096
+# Elements that a program of the patch kernels moves at a time, with 4 warps, and the widest piece of a row
+# among them: four 16-byte accesses per thread in float32. And the most pixels of a patch that are loaded at
+# once.
+PATCH_TILE, PATCH_BLOCK = 2048, 256
+PATCH_PIXELS = 4096
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN
 

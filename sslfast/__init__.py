@@ -12,7 +12,20 @@ from sslfast.losses import (
     moco_loss,
     ntxent_loss,
 )
-from sslfast.ops import available_backends, ema_update_, similarity_lse, use_backend
+from sslfast.ops import (
+    PatchMask,
+    available_backends,
+    block_patch_mask,
+    ema_update_,
+    embed_visible_patches,
+    gather_patches,
+    masked_patch_l1,
+    masked_patch_mse,
+    random_patch_mask,
+    restore_patches,
+    similarity_lse,
+    use_backend,
+)
 from sslfast.teacher import EMATeacher, cosine_momentum
 
 __all__ = [
@@ -22,14 +35,22 @@ __all__ = [
     "KeyQueue",
     "MoCoLoss",
     "NTXentLoss",
+    "PatchMask",
     "__version__",
     "available_backends",
+    "block_patch_mask",
     "byol_loss",
     "cosine_momentum",
     "ema_update_",
+    "embed_visible_patches",
+    "gather_patches",
     "info_nce_loss",
+    "masked_patch_l1",
+    "masked_patch_mse",
     "moco_loss",
     "ntxent_loss",
+    "random_patch_mask",
+    "restore_patches",
     "similarity_lse",
     "use_backend",
 ]

@@ -47,8 +47,9 @@ def test_cases_are_fresh_random_numbers_of_their_dtype():
         dtype = case.dtypes[-1]
         inputs = (case.inputs(dtype, seed=seed) for seed in (0, 0, 1))
         first, again, other = (x.get("a", x.get("t0")) for x in inputs)
-        assert first.dtype == dtype and torch.equal(first, again)
-        assert not first.numel() or not torch.equal(first, other), case.name
+        assert first.dtype == dtype and torch.equal(first.nan_to_num(7.0), again.nan_to_num(7.0))
+        changes = first.numel() and getattr(case, "fixed", "") != "equal"
+        assert not changes or not torch.equal(first, other), case.name
 
 
 def test_every_available_backend_runs_some_case():

@@ -3,6 +3,9 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <thread>
 #include <vector>
@@ -61,6 +64,19 @@ void parallel(int parts, void (*body)(void*, int), void* data) {
   for (; part < parts; ++part) body(data, part);
   body(data, 0);
   for (std::thread& thread : threads) thread.join();
+}
+
+void expect_writes(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kOwnMapping = 32 << 20;  // glibc maps a larger array by itself, and unmaps it when it is freed
+  constexpr uintptr_t kPage = 2 << 20;
+  if (bytes < kOwnMapping) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace sslfast

@@ -11,6 +11,10 @@ void parallel(int parts, void (*body)(void*, int), void* data);
 // call.
 bool shares_openmp_pool();
 
+// For a large array that is about to be written for the first time: asks the kernel for 2 MiB pages, since zeroing and
+// mapping 4 KiB ones takes longer than writing them.
+void expect_writes(void* data, int64_t bytes);
+
 namespace {  // each translation unit has its own copy, compiled for its own instruction set
 
 constexpr int64_t kMinWorkPerThread = 16384;  // elements; below this a thread costs more than it saves

@@ -2,6 +2,23 @@
 
 from sslfast.ops._backend import available_backends, use_backend
 from sslfast.ops.ema import ema_update_
+from sslfast.ops.embed_visible_patches import embed_visible_patches
+from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse
+from sslfast.ops.patch_mask import PatchMask, block_patch_mask, random_patch_mask
+from sslfast.ops.patches import gather_patches, restore_patches
 from sslfast.ops.similarity_lse import similarity_lse
 
-__all__ = ["available_backends", "ema_update_", "similarity_lse", "use_backend"]
+__all__ = [
+    "PatchMask",
+    "available_backends",
+    "block_patch_mask",
+    "ema_update_",
+    "embed_visible_patches",
+    "gather_patches",
+    "masked_patch_l1",
+    "masked_patch_mse",
+    "random_patch_mask",
+    "restore_patches",
+    "similarity_lse",
+    "use_backend",
+]

@@ -17,7 +17,15 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "similarity_lse": {"cpu": ("cpu",), "cuda": ("triton",)},
     "ema_update_": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "random_patch_mask": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "block_patch_mask": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "gather_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "restore_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "embed_visible_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "masked_patch_mse": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
+# `Float` in csrc/floats.h
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _blocks: list["use_backend"] = []  # those entered and not left, of all threads
 _forced: str | None = None  # the name of the last of them
@@ -134,6 +142,24 @@ def triton_refuses(device: torch.device) -> str | None:
     return None
 
 
+def cuda_refuses(device: torch.device, function: str) -> str | None:
+    """Why the compiled module's CUDA `function` cannot serve tensors of this device; None where it can."""
+    if not hasattr(_C, function):
+        return "it was built without nvcc"
+    if device.type != "cuda" or not torch.version.cuda:
+        return "it serves CUDA tensors"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8:
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same of C++ kernels that take every dtype of CODES."""
+    if device.type != "cpu":
+        return "it serves CPU tensors"
+    return None if dtype in CODES else f"it has no kernel for {dtype}"
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's device the current one: a kernel is launched there, on its current stream."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
@@ -157,6 +183,18 @@ def pointer(
             f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
     return address(name, tensor)
+
+
+def strided(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> tuple[int, tuple[int, ...]]:
+    """The address and strides of a tensor that need not be contiguous, checked like `pointer`."""
+    if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape or tensor.is_neg():
+        raise ValueError(
+            f"{name}: a kernel needs a {dtype} tensor of shape {tuple(shape)} on {device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        )
+    return address(name, tensor), tensor.stride()
 
 
 def address(name: str, tensor: Tensor) -> int:

@@ -55,6 +55,33 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
 
 
+def check_integer(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], count: int, like: Tensor) -> None:
+    """int64 in [0, count); a GPU's numbers are looked at under SSLFAST_CHECK=1 only."""
+    check_tensor(name, ids, (torch.int64,), shape, like)
+    if may_read(ids) and ids.numel():
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= count:
+            raise ValueError(f"{name}: expected indices in [0, {count}), got {low if low < 0 else high}")
+
+
+def autocast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as torch.mm would cast them under autocast; float64 stays."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, y
+    dtype = torch.get_autocast_dtype(x.device.type)
+    both = [z.is_floating_point() and z.dtype != torch.float64 for z in (x, y) if isinstance(z, Tensor)]
+    if not all(both):
+        return x, y
+    return x.to(dtype), y.to(dtype) if isinstance(y, Tensor) else y
+
+
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A number or 0-d tensor as a 0-d tensor of the working dtype on the device of `like`, gradient kept."""
     work = working_dtype(like)

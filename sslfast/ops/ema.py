@@ -21,8 +21,6 @@ from sslfast.ops import _backend
 from sslfast.ops._check import FLOATS, check_tensor, may_read, number
 from sslfast.ops._library import define
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # Float in csrc/ema.h
-
 
 def reference(targets: list[Tensor], sources: list[Tensor], momentum: Tensor | float) -> None:
     """Plain PyTorch: specification, test truth and benchmark baseline."""
@@ -185,10 +183,13 @@ def _table(targets: list[Tensor], sources: list[Tensor], pairs: list[int]) -> Ta
 # Backends: table and momentum.
 
 
+def _codes(table: Table) -> tuple[int, int]:
+    return _backend.CODES[table.target], _backend.CODES[table.source]
+
+
 def _cpu_update(table: Table, momentum: Tensor | float) -> None:
     _C.ema_update(
-        table.address(), len(table.rows), _CODES[table.target], _CODES[table.source], float(momentum),
-        torch.get_num_threads(),
+        table.address(), len(table.rows), *_codes(table), float(momentum), torch.get_num_threads()
     )  # fmt: skip
 
 
@@ -212,14 +213,10 @@ def _cuda_update(table: Table, momentum: Tensor | float) -> None:
     number, tensor = _split(momentum)
     at = 0 if tensor is None else _backend.pointer("momentum", tensor, tensor.dtype, (), table.device)
     _C.ema_update_cuda(
-        table.address(), len(table.rows), _CODES[table.target], _CODES[table.source], number, at,
+        table.address(), len(table.rows), *_codes(table), number, at,
         tensor is not None and tensor.dtype == torch.float32,
         torch.cuda.current_stream(table.device).cuda_stream,
     )  # fmt: skip
-
-
-def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if device.type == "cpu" else "it serves CPU tensors"
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -227,17 +224,11 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cuda_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not hasattr(_C, "ema_update_cuda"):
-        return "it was built without nvcc"
-    if device.type != "cuda" or not torch.version.cuda:
-        return "it serves CUDA tensors"
-    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8:
-        return "it needs a GPU of compute capability 8.0 or newer"
-    return None
+    return _backend.cuda_refuses(device, "ema_update_cuda")
 
 
 for _name, _update, _refuses in (
-    ("cpu", _cpu_update, _cpu_refuses),
+    ("cpu", _cpu_update, _backend.cpu_refuses),
     ("triton", _triton_update, _triton_refuses),
     ("cuda", _cuda_update, _cuda_refuses),
 ):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslfast.kernels import tuning
 from sslfast.ops import _backend
-from sslfast.ops._check import FLOATS, check_tensor, scalar, working_dtype
+from sslfast.ops._check import FLOATS, autocast, check_tensor, scalar, working_dtype
 from sslfast.ops._library import define, once_differentiable
 
 
@@ -131,13 +131,9 @@ def _cpu_backward(g, h, a, b, scale, bias, a_ids, b_ids, row, col, same, needs):
     return _blocked.backward(tiles, g, h, row, col, needs)
 
 
-def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return "it serves CPU tensors"
-    return None if dtype in FLOATS else f"it has no kernel for {dtype}"
-
-
-_backend.register("similarity_lse", "cpu", _backend.Backend(_cpu_forward, _cpu_backward, _cpu_refuses))
+_backend.register(
+    "similarity_lse", "cpu", _backend.Backend(_cpu_forward, _cpu_backward, _backend.cpu_refuses)
+)
 
 
 def _triton_form(a, b):
@@ -280,7 +276,7 @@ def similarity_lse(
         it.
     """
     check_tensor("a", a, FLOATS, (None, None))
-    a, b = _autocast(a, b)
+    a, b = autocast(a, b)
     scale = _check(a, b, scale, bias, a_ids, b_ids, pairs)
     same = pairs == "same"
     backend = _backend.resolve("similarity_lse", a.device, a.dtype)
@@ -302,16 +298,6 @@ def _queries_alone(backend: str, a: Tensor, b: Tensor | None, scale: Tensor, bia
     constant = bias is None or not bias.requires_grad
     fits = backend == "cpu" or tuning.fits(a.shape[1], a.element_size())
     return constant and torch.is_grad_enabled() and (fits or not scale.requires_grad)
-
-
-def _autocast(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(a.device.type):
-        return a, b
-    dtype = torch.get_autocast_dtype(a.device.type)
-    eligible = [x.is_floating_point() and x.dtype != torch.float64 for x in (a, b) if isinstance(x, Tensor)]
-    if not all(eligible):
-        return a, b
-    return a.to(dtype), b.to(dtype) if isinstance(b, Tensor) else b
 
 
 def _check(a, b, scale, bias, a_ids, b_ids, pairs) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.testing import _ema, _similarity_lse
+from sslfast.testing import _ema, _patch_mask, _patches, _similarity_lse
 from sslfast.testing._op import Inputs, Op
 from sslfast.testing._similarity_lse import SimilarityLseCase, similarity_lse_reference
 
@@ -45,8 +45,26 @@ VECTOR_FLOOR = 16.0
 TILE_FLOOR = 2.0
 TILE_VECTOR_FLOOR = 1.0
 
-CASES: dict[str, list[Any]] = {"similarity_lse": _similarity_lse.CASES, "ema_update_": _ema.CASES}
-OPS: dict[str, Op] = {"similarity_lse": _similarity_lse.OP, "ema_update_": _ema.OP}
+CASES: dict[str, list[Any]] = {
+    "similarity_lse": _similarity_lse.CASES,
+    "ema_update_": _ema.CASES,
+    "random_patch_mask": _patch_mask.RANDOM_CASES,
+    "block_patch_mask": _patch_mask.BLOCK_CASES,
+    "gather_patches": _patches.GATHER_CASES,
+    "restore_patches": _patches.RESTORE_CASES,
+    "embed_visible_patches": _patches.EMBED_CASES,
+    "masked_patch_mse": _patches.MSE_CASES,
+}
+OPS: dict[str, Op] = {
+    "similarity_lse": _similarity_lse.OP,
+    "ema_update_": _ema.OP,
+    "random_patch_mask": _patch_mask.RANDOM_OP,
+    "block_patch_mask": _patch_mask.BLOCK_OP,
+    "gather_patches": _patches.GATHER_OP,
+    "restore_patches": _patches.RESTORE_OP,
+    "embed_visible_patches": _patches.EMBED_OP,
+    "masked_patch_mse": _patches.MSE_OP,
+}
 
 
 def assert_close_to_reference(
@@ -67,13 +85,13 @@ def assert_close_to_reference(
         run: what to check, instead of the op's public function.
         seed: of the random upstream gradients.
         upstream: gradients of the outputs instead, None for an output that the loss does not use.
-        needs: names of the inputs that require a gradient; every floating tensor if left out.
+        needs: names of the inputs that require a gradient; all that can have one if left out.
         rounds_tiles: gradient weights of 16-bit inputs are rounded to their dtype.
     """
     spec = OPS[op]
     floating = [k for k, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
     if needs is None:
-        needs = floating if spec.differentiable else ()
+        needs = floating if spec.gradients is None else [k for k in floating if k in spec.gradients]
     exact = {k: x.double() if k in floating else x for k, x in inputs.items()}
     outputs = _outputs(spec.reference(**inputs))
     work = torch.finfo(torch.float64 if outputs[0].dtype == torch.float64 else torch.float32)
@@ -98,7 +116,7 @@ def assert_close_to_reference(
         assert_no_worse(f"output {i}", value, true, yard, FLOOR * unit)
     for name in needs:
         what, (size, root) = f"gradient of {name}", terms[name]
-        eps = torch.finfo(inputs["a"].dtype).eps if rounds_tiles else 0.0
+        eps = torch.finfo(inputs["a"].dtype).eps if rounds_tiles and spec.tiles else 0.0
         value, true, yard = ours[1][name], truth[1][name], yardstick[1][name]
         assert value.dtype == inputs[name].dtype, f"{what}: {value.dtype}, expected {inputs[name].dtype}"
         most, most_root = (x.max().item() if x.numel() else 0.0 for x in (size, root))

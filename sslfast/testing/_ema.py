@@ -121,4 +121,4 @@ def _terms(inputs: Inputs, upstream: Sequence[Tensor | None]) -> tuple[float, di
     return max(values, default=0.0), {}
 
 
-OP = Op(_updated(ema_update_), _updated(reference), _equivalent, _terms, differentiable=False)
+OP = Op(_updated(ema_update_), _updated(reference), _equivalent, _terms, gradients=())

@@ -18,11 +18,13 @@ class Op:
         equivalent: inputs of the same results, up to rounding, that round differently.
         terms: (inputs, upstream gradients) in float64 to (max |logit|, for each floating input the sum of the
             absolute values of its gradient's terms, and the root of the sum of their squares).
-        differentiable: whether it has gradients to compare.
+        gradients: names of the inputs that have one; None: every floating tensor.
+        tiles: whether a backend may round tiles of gradient weights, see TILE_FLOOR.
     """
 
     run: Callable[..., Any]
     reference: Callable[..., Any]
     equivalent: Callable[[Inputs], dict[str, Any]]
     terms: Callable[[Inputs, Sequence[Tensor | None]], tuple[float, dict[str, tuple[Tensor, Tensor]]]]
-    differentiable: bool = True
+    gradients: tuple[str, ...] | None = None
+    tiles: bool = False

@@ -254,4 +254,4 @@ def _terms(
     return (finite.abs().max().item() if len(finite) else 0.0), {k: (x, roots[k]) for k, x in sums(1).items()}
 
 
-OP = Op(similarity_lse, similarity_lse_reference, _equivalent, _terms)
+OP = Op(similarity_lse, similarity_lse_reference, _equivalent, _terms, tiles=True)
