@@ -149,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     device = options.device
-    name = torch.cuda.getcpu_name() if device == "cuda" else cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     results = []
     for case, shapes in CASES.items():

@@ -25,6 +25,7 @@ import torch
 import triton
 import tyro
 from sslfast.kernels import similarity_lse, similarity_lse_rows, similarity_lse_tiles, tuning
+from static_memory import SHARED_SM
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +38,6 @@ SHARED_LIMIT = {
     100: 227,
     120: 99,
 }  # KiB per block (CUDA C programming guide)
-SHARED_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB per multiprocessor
 THREADS_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 STACK_LIMIT = 512  # bytes; a few addresses spilled once are harmless, an accumulator in local memory is not
 
@@ -343,13 +343,14 @@ def main(
         json_out: where to write reports and predictions.
         archs: compute capabilities times ten.
         dtypes: of the rows.
-        quick: leave out fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion, and
-            most of the narrow rows that share the tile of 128.
+        quick: leave out fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion,
+            most of the narrow rows that share the tile of 128, and for most of the kernels that only move
+            memory two architectures.
     """
     # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         reports = list(pool.map(report, jobs(archs, dtypes, quick), chunksize=4))
-        moving = list(pool.map(static_memory.report, static_memory.jobs(archs)))
+        moving = list(pool.map(static_memory.report, static_memory.jobs(archs, quick)))
     rows = predict(reports)
     show(reports, rows)
     static_memory.show(moving)

@@ -158,16 +158,17 @@ def forward(
     dpred: torch.Tensor | None,
     upstream: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The loss, and, where there is room for it, its gradient times `upstream` (None: 1) in dpred; weight [B,
-    L] is of the working dtype, scale and shift [C] float64."""
+    """The loss, and, where there is room for it, its gradient times `upstream` (None: 1) in dpred. weight
+    [B, L], scale and shift [C] are of the working dtype."""
     batch, patches, size = pred.shape
     part = weight.new_empty(batch, patches)
     block = min(tuning.PATCH_PIXELS, triton.next_power_of_2(size))
+    affine, scaled = scale is not None, upstream is not None
+    scale, shift, upstream = (part if x is None else x for x in (scale, shift, upstream))
     patch_error[(batch * patches,)](
-        pred, images, weight, weight.sum(), part if scale is None else scale,
-        part if shift is None else shift, part, part if dpred is None else dpred, part if upstream is None else upstream, *pred.stride()[:2],
-        *images.stride(), images.shape[3] // patch, patches, scale is not None, norm_pix, absolute,
-        dpred is not None, upstream is not None, patch, images.shape[1], _work(pred.dtype), block,
+        pred, images, weight, weight.sum(), scale, shift, part, part if dpred is None else dpred, upstream,
+        *pred.stride()[:2], *images.stride(), images.shape[3] // patch, patches, affine, norm_pix, absolute,
+        dpred is not None, scaled, patch, images.shape[1], _work(pred.dtype), block,
         num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
     return part.sum()

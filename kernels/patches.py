@@ -275,7 +275,8 @@ def put(
     columns = triton.cdiv(dim, block)
     if (need_source or need_pos) and rows:
         table = dout.new_empty(batch, rows + count, dtype=torch.int32)
-        places[batch, triton.cdiv(rows + count, 64)](ids, table, rows, count, 64, 64, num_warps=4)
+        side = tuning.PLACES
+        places[batch, triton.cdiv(rows + count, side)](ids, table, rows, count, side, side, num_warps=4)
     if need_source and rows:
         grid = (batch, triton.cdiv(rows, height), columns)
         put_rows[grid](
@@ -285,8 +286,21 @@ def put(
         span = max(8, triton.cdiv(batch, 32))
         parts = triton.cdiv(batch, span)
         part = dout.new_empty(parts, rows, dim, dtype=work)
-        sum_rows[parts, triton.cdiv(rows, height), columns](
-            dout, table, part, *strides, batch, span, rows, count, dim, _work(dout.dtype), *tile, num_warps=4
+        few = max(1, height // 2)  # the sums stay in registers from image to image
+        sum_rows[parts, triton.cdiv(rows, few), columns](
+            dout,
+            table,
+            part,
+            *strides,
+            batch,
+            span,
+            rows,
+            count,
+            dim,
+            _work(dout.dtype),
+            few,
+            block,
+            num_warps=4,
         )
         dpos = part.sum(0)
     if need_fill and count:

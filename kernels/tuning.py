@@ -30,6 +30,8 @@ MASK_SORT = 4096
 # once.
 PATCH_TILE, PATCH_BLOCK = 2048, 256
 PATCH_PIXELS = 4096
+# Ids that a program looks for at a time, and among how many: a larger square takes many registers.
+PLACES = 32
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN

@@ -109,15 +109,22 @@ def _list_methods() -> None:
 def _evaluator() -> Callable:
     import tyro
 
-    def evaluate(run: tyro.conf.Positional[Path], /) -> None:
-        """Measure a run again: kNN, linear probe and 10 labels per class, beside two baselines."""
+    def evaluate(run: tyro.conf.Positional[Path], /, finetune: int = 0) -> None:
+        """Measure a run again: kNN, linear probe and 10 labels per class, beside two baselines.
+
+        Args:
+            run: its folder.
+            finetune: epochs of fine-tuning the whole encoder on all labels as well; 0: none.
+        """
         from rich.console import Console
 
         from sslfast.train import config, sources
         from sslfast.train import evaluate as evaluation
 
+        if finetune < 0:
+            raise ValueError(f"finetune: expected a number of epochs, got {finetune}")
         method, cfg = config.load(run)
-        evaluation.run(method, cfg, sources.load(cfg.data, cfg.image_size), Console())
+        evaluation.run(method, cfg, sources.load(cfg.data, cfg.image_size), Console(), finetune)
 
     return evaluate
 

@@ -54,7 +54,9 @@ fi
 workers=""
 "$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
 stage "tests" 210 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
-    tests/test_ema_kernels.py
+    tests/test_ema_kernels.py tests/test_patch_mask_kernels.py tests/test_patch_kernels.py
 stage "EMA" 60 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
+# What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
+stage "masking" 60 "$BIN/python" benchmarks/masking.py --device cuda --seconds 40 --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

@@ -50,11 +50,47 @@ def test_every_configuration_is_fit_to_ship(results):
 
 
 def test_kernels_that_move_memory_do_so_16_bytes_at_a_time(results):
-    kernels = results["memory_kernels"]
-    assert {(k["job"]["target"], k["job"]["arch"]) for k in kernels} >= {("fp32", 80), ("fp32", 100)}
+    kernels = {}
+    for k in results["memory_kernels"]:
+        kernels.setdefault(k["job"]["name"], []).append(k)
+    ema = {(k["job"]["dtype"], k["job"]["arch"]) for k in kernels["ema_update"]}
+    assert ema >= {("fp32", 80), ("fp32", 100)}
+    rows = {"ema_update", "take_rows: gather", "take_rows: restore", "take_rows: embed", "put_rows"}
+    for name in rows:
+        for k in kernels[name]:
+            assert k["stack"] == k["spills"] == 0 and k["wide_loads"] and k["wide_stores"], k
+    for k in kernels["ema_update"]:
+        fp32 = k["job"]["dtype"] == k["job"]["source"] == "fp32"
+        assert k["warps"] == k["most"] or not (fp32 and k["job"]["arch"] == 90)
+
+
+def test_no_kernel_of_the_patches_spills(results):
+    """Masks, rows and errors: most on three architectures, slow and similar ones on one."""
+    kernels = [k for k in results["memory_kernels"] if k["job"]["name"] != "ema_update"]
+    names = {k["job"]["name"].split(":")[0] for k in kernels}
+    assert names >= {"random_mask 256", "block_mask", "take_rows", "sum_fill", "places", "cut_rows", "scale"}
+    assert {k["job"]["arch"] for k in kernels} == {80, 90, 120}
+    assert {k["job"]["source"] for k in kernels if "patch_error" in k["job"]["name"]} == {"fp32", "u8"}
     for k in kernels:
-        assert k["spills"] == 0 and k["wide_loads"] and k["wide_stores"], k
-        assert k["warps"] == k["most"] or k["job"] != {"arch": 90, "target": "fp32", "source": "fp32"}
+        assert not k["spills"], k
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("put_rows", {}, None),
+        ("put_rows", {"spills": 1, "stack": 8}, "1 spills"),
+        ("sum_rows", {"wide_loads": 0}, None),
+        ("take_rows: gather", {"wide_stores": 0}, "no loads or stores of 16 bytes"),
+        ("take_rows: gather", {"warps": 16}, None),
+        ("ema_update", {"warps": 16}, "16 warps of 64"),
+    ],
+)
+def test_what_a_kernel_that_moves_memory_may_not_have_is_named(static_gpu, name, change, message):
+    memory = static_gpu.static_memory
+    good = memory.Report(memory.Job(name, 90, "fp32", "fp32"), 40, 0, 0, 0, 8, 4, 4, 4, 64, 64)
+    found = memory.problems(dataclasses.replace(good, **change))
+    assert [message in x for x in found] == [True] if message else not found
 
 
 def test_one_power_per_pair_serves_both_directions(results):

@@ -3,7 +3,7 @@
 from sslfast.ops._backend import available_backends, use_backend
 from sslfast.ops.ema import ema_update_
 from sslfast.ops.embed_visible_patches import embed_visible_patches
-from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse
+from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse, patchify, unpatchify
 from sslfast.ops.patch_mask import PatchMask, block_patch_mask, random_patch_mask
 from sslfast.ops.patches import gather_patches, restore_patches
 from sslfast.ops.similarity_lse import similarity_lse
@@ -17,8 +17,10 @@ __all__ = [
     "gather_patches",
     "masked_patch_l1",
     "masked_patch_mse",
+    "patchify",
     "random_patch_mask",
     "restore_patches",
     "similarity_lse",
+    "unpatchify",
     "use_backend",
 ]

@@ -32,6 +32,14 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, down * across, patch * patch * channels)
 
 
+def unpatchify(patches: Tensor, patch: int, shape: tuple[int, int, int]) -> Tensor:
+    """[B, L, p p C] -> [B, C, H, W], the inverse of `patchify`; shape is (C, H, W)."""
+    channels, height, width = shape
+    down, across = height // patch, width // patch
+    cut = patches.reshape(len(patches), down, across, patch, patch, channels)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, height, width)
+
+
 def reference(
     pred: Tensor,
     images: Tensor,
@@ -157,9 +165,12 @@ class _MaskedPatchMSE(torch.autograd.Function):
 
 
 def statistics(
-    images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
+    images: Tensor,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(scale, shift), each [C] float64, by which a pixel becomes (pixel - mean) / std; uint8 ones of 255."""
+    """(scale, shift), each [C], by which a pixel becomes (pixel - mean) / std; uint8 ones are of 255."""
     if (mean is None) != (std is None):
         raise ValueError(f"{'std' if std is None else 'mean'}: expected both mean and std, or neither")
     full = 255.0 if images.dtype == torch.uint8 else 1.0
@@ -167,30 +178,34 @@ def statistics(
         if images.dtype == torch.uint8:
             raise ValueError("mean: expected mean and std for uint8 images, got None")
         return None, None
-    device = images.device
-    both = [_per_channel(name, x, images.shape[1], device) for name, x in (("mean", mean), ("std", std))]
-    return 1 / (full * both[1]), -both[0] / both[1]
+    mean, std = (_per_channel(name, x, images) for name, x in (("mean", mean), ("std", std)))
+    if isinstance(mean, tuple) and isinstance(std, tuple):
+        scale = tuple(1 / (full * s) for s in std)
+        shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        make = _constant.__wrapped__ if traced() else _constant
+        return make(scale, dtype, images.device), make(shift, dtype, images.device)
+    m, s = (torch.as_tensor(x, dtype=torch.float64, device=images.device) for x in (mean, std))
+    return (1 / (full * s)).to(dtype), (-m / s).to(dtype)
 
 
-def _per_channel(name: str, given: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
+def _per_channel(name: str, given: Sequence[float] | Tensor, images: Tensor) -> Tensor | tuple[float, ...]:
+    channels = images.shape[1]
     if isinstance(given, Tensor):
         given = given.flatten() if given.numel() == channels else given
-        check_tensor(name, given, FLOATS, (channels,))
-        if given.device != device:
-            raise ValueError(f"{name}: expected device {device}, got {given.device}")
-        return given.detach().double()
+        check_tensor(name, given, FLOATS, (channels,), images)
+        return given.detach()
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != channels:
         raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {given!r}")
     values = tuple(float(number(name, x)) for x in given)
     if name == "std" and not all(values):
         raise ValueError(f"std: expected numbers other than 0, got {given!r}")
-    return _constant.__wrapped__(values, device) if traced() else _constant(values, device)
+    return values
 
 
 @functools.lru_cache(64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied to the device once: a copy in every call would have the host wait for it."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def masked_patch_mse(
@@ -251,7 +266,7 @@ def _error(pred, images, mask, patch_size, norm_pix, mean, std, absolute):
     check_tensor("mask", mask, MASKS, (batch, length), images)
     if norm_pix and dim < 2:
         raise ValueError("norm_pix: expected patches of two numbers or more, whose variance it divides by")
-    scale, shift = statistics(images, mean, std)
+    scale, shift = statistics(images, mean, std, working_dtype(pred))
     weight = mask.detach().to(working_dtype(pred)).contiguous()
     images = images.detach()
     backend = _backend.resolve("masked_patch_mse", pred.device, pred.dtype)

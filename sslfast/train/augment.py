@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class Recipe:
     """How a view is made: a crop of at least `area` of the image, then what has a probability, then a flip.
 
-    jitter: strengths of brightness, contrast, saturation and hue, in random order.
+    jitter: strengths of brightness, contrast, saturation and hue, in random order. colours: whether a view
+    may have other ones, or none.
     """
 
     area: float = 0.08
@@ -18,6 +19,7 @@ class Recipe:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
     gray_first: bool = False
+    colours: bool = True
     blur: float = 0.5
     solarize: float = 0.0
 
@@ -33,6 +35,7 @@ RECIPES: dict[str, tuple[Recipe, Recipe]] = {
         Recipe(bicubic=True, jitter=_V3, blur=1.0),
         Recipe(bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
     ),
+    "mae": (Recipe(0.2, bicubic=True, colours=False, blur=0.0),) * 2,
 }
 
 
@@ -46,27 +49,33 @@ def two_views(preset: str, image_size: int, channels: int) -> nn.Module:
     Raises:
         ValueError: an unknown preset.
     """
-    if preset == "mnist":
-        return _TwoViews(_mnist(), None)
+    kinds = [_mnist()] if preset == "mnist" else _views(preset, image_size, channels)
+    return _Views(kinds, copies=2 // len(kinds))
+
+
+def one_view(preset: str, image_size: int, channels: int) -> nn.Module:
+    """A module that maps [B, C, H, W] to one view of each image, the first of the preset's two, as a
+    1-tuple."""
+    return _Views([_mnist()] if preset == "mnist" else _views(preset, image_size, channels)[:1], copies=1)
+
+
+def _views(preset: str, image_size: int, channels: int) -> list[nn.Module]:
+    """Those of a preset's views that differ."""
     if preset not in RECIPES:
         raise ValueError(f"augment: expected mnist or one of {', '.join(RECIPES)}, got {preset!r}")
-    first, second = RECIPES[preset]
-    other = None if second == first else _view(second, image_size, channels)
-    return _TwoViews(_view(first, image_size, channels), other)
+    return [_view(recipe, image_size, channels) for recipe in dict.fromkeys(RECIPES[preset])]
 
 
-class _TwoViews(nn.Module):
-    """Views of two kinds; or, where there is no second, both at once."""
+class _Views(nn.Module):
+    """`copies` views of each kind, made at once."""
 
-    def __init__(self, first: nn.Module, second: nn.Module | None) -> None:
+    def __init__(self, kinds: list[nn.Module], copies: int) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.kinds, self.copies = nn.ModuleList(kinds), copies
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if self.second is None:
-            views = self.first(images.repeat(2, 1, 1, 1)).chunk(2)
-        else:
-            views = self.first(images), self.second(images)
+        images = images.repeat(self.copies, 1, 1, 1) if self.copies > 1 else images
+        views = [view for kind in self.kinds for view in kind(images).chunk(self.copies)]
         return tuple(v.clamp(0, 1).contiguous(memory_format=torch.channels_last) for v in views)
 
 
@@ -77,7 +86,7 @@ def _view(recipe: Recipe, size: int, channels: int) -> nn.Module:
         (size, size), (recipe.area, 1.0), (3 / 4, 4 / 3), resample="bicubic" if recipe.bicubic else "bilinear"
     )
     colours: list[nn.Module] = []
-    if channels == 3:
+    if channels == 3 and recipe.colours:
         colours = [K.ColorJitter(*recipe.jitter, p=recipe.jitter_probability), K.RandomGrayscale(p=0.2)]
     steps: list[nn.Module] = [crop, *(reversed(colours) if recipe.gray_first else colours)]
     if size > 32 and recipe.blur:

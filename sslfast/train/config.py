@@ -30,19 +30,19 @@ class TrainConfig:
     """Batches whose gradients are averaged into one update; each is a loss with its own negatives."""
     seed: int = 0
     backbone: str = "compact"
-    """compact (a small ResNet for CPUs), resnet18, resnet50, vit_tiny, vit_small, vit_base, vit_large,
-    torchvision:MODEL or timm:MODEL."""
+    """compact (a small ResNet for CPUs), resnet18, resnet50, vit_nano (for CPUs), vit_tiny, vit_small,
+    vit_base, vit_large, vit_huge, torchvision:MODEL or timm:MODEL."""
     stem: Literal["auto", "small", "imagenet"] = "auto"
     """Of resnet18 and resnet50; auto: small up to 64 pixels."""
-    patch_size: int = 16
-    """Of a ViT; divides the side of the images."""
+    patch_size: int = 0
+    """Of a ViT; divides the side of the images. 0: the largest of 16, 8, 4, 2, 1 that leaves seven a side."""
     heads: int = 0
     """Of a ViT; 0: those of its name. MoCo v3 has 12 in vit_small."""
     positions: Literal["learned", "fixed"] = "learned"
     """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
     """Side in pixels of the images; mnist5k and npz keep theirs."""
-    augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "mnist"] = "auto"
+    augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "mae", "mnist"] = "auto"
     """The recipe of a paper, or mnist; auto: mnist for mnist5k, otherwise the method's own."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """sgd and lars with momentum 0.9."""
@@ -77,8 +77,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self.check_at_least(0, "workers", "knn_every", "seed", "heads")
-        self.check_at_least(1, "epochs", "accumulate", "patch_size")
+        self.check_at_least(0, "workers", "knn_every", "seed", "heads", "patch_size")
+        self.check_at_least(1, "epochs", "accumulate")
         self.check_at_least(2, "batch_size")
         self.check_at_least(8, "image_size")
         if self.seed >= 1 << 32:

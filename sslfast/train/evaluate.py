@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslfast.train import checkpoint, loop, report
+from sslfast.train import checkpoint, finetuning, loop, report
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import Dataset, ImageSet
 from sslfast.train.run import CHECKPOINT, WEIGHTS
@@ -30,31 +30,50 @@ Features = tuple[Tensor, Tensor]  # of the training images [N, D] and of the tes
 
 
 def run(
-    method: str, cfg: TrainConfig, dataset: Dataset, console: Console
+    method: str, cfg: TrainConfig, dataset: Dataset, console: Console, finetune: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """Evaluates the run in `cfg.out`, prints a table, and writes evaluation.json and neighbours.png there."""
+    """Evaluates the run in `cfg.out`, prints a table, and writes evaluation.json and pictures there.
+
+    finetune: epochs of training the whole encoder on all labels, which is left out for 0.
+    """
     device = cfg.resolve_device()
     channels, size, _ = dataset.train.shape
     model = loop.build(method, cfg, channels, size)
     sets = (dataset.train, dataset.test)
     untrained = features(model.encoder, sets, device, cfg.workers)
     try:
-        model.load_state_dict(weights(cfg.out))
+        state = weights(cfg.out)
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"run: the weights in {cfg.out} are not of its config: {error}") from error
     trained = features(model.encoder, sets, device, cfg.workers)
     pixels = features(Pixels(), sets, device, cfg.workers)
     if len(dataset.test):
         report.neighbours(dataset, trained, cfg.out / "neighbours.png")
+    others = model.show(dataset.test if len(dataset.test) else dataset.train, cfg.out, device)
+    for name, of in others.items():
+        print(f"{name}: " + ", ".join(f"{what} {values[0]:.4g}" for what, values in of.items()))
+    results: dict[str, dict[str, list[float]]] = {}
     if dataset.train.labels is None or dataset.test.labels is None:
         console.print("no labels (they come from class sub-folders): see loss.png and neighbours.png")
-        return {}
-    if not len(dataset.test):
+    elif not len(dataset.test):
         console.print("no test images (every fifth of a class is for testing): no accuracy is measured")
-        return {}
-    results = measure(dataset.train.labels, dataset.test.labels, (trained, pixels, untrained))
-    (cfg.out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    show(results, console)
+    else:
+        results = measure(dataset.train.labels, dataset.test.labels, (trained, pixels, untrained))
+        show(results, console)
+        if finetune:
+            name = f"fine-tuned for {finetune} epochs"
+            results[name] = {}
+            for source, start in (("trained encoder", state), ("untrained encoder", None)):
+                model = loop.build(method, cfg, channels, size)
+                if start is not None:
+                    model.load_state_dict(start)
+                results[name][source] = [finetuning.run(model.encoder, dataset, cfg, finetune, device)]
+            first, second = (f"{values[0]:.3f}" for values in results[name].values())
+            print(f"{name}: {first} (untrained encoder {second})")
+    results.update(others)
+    if results:
+        (cfg.out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 

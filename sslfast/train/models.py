@@ -106,20 +106,20 @@ def backbone(
     image_size: int,
     *,
     stem: str = "auto",
-    patch_size: int = 16,
+    patch_size: int = 0,
     positions: str = "learned",
     heads: int = 0,
+    pool: str = "class",
 ) -> nn.Module:
     """The backbone called `name`.
 
     Args:
-        name: "compact" (0.3 M parameters, for CPUs), "resnet18", "resnet50", "vit_tiny", "vit_small",
-        "vit_base",
-            "vit_large", "torchvision:MODEL" or "timm:MODEL".
+        name: "compact" (0.3 M parameters, for CPUs), "resnet18", "resnet50", "vit_nano" (1.2 M, for CPUs),
+            "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "torchvision:MODEL" or "timm:MODEL".
         channels, image_size: of the training images.
         stem: of a ResNet: "small" (3x3, stride 1), "imagenet" (7x7, stride 2, pooling), or "auto": by
         image_size.
-        patch_size, positions: of a ViT.
+        patch_size, positions, pool: of a ViT; patch_size 0: `auto_patch_size`.
         heads: of a ViT; 0: those of its name.
 
     Raises:
@@ -138,7 +138,8 @@ def backbone(
         sizes = {**SIZES[name], "heads": heads or SIZES[name]["heads"]}
         if sizes["dim"] % sizes["heads"]:
             raise ValueError(f"heads: expected a divisor of {sizes['dim']}, got {heads}")
-        return ViT(channels, image_size, patch_size, **sizes, positions=positions)
+        patch_size = patch_size or auto_patch_size(image_size)
+        return ViT(channels, image_size, patch_size, **sizes, positions=positions, pool=pool)
     library, _, model = name.partition(":")
     if library in ("torchvision", "timm") and model:
         return _borrow(library, model, channels, image_size)
@@ -147,11 +148,16 @@ def backbone(
     )
 
 
-def build(cfg: TrainConfig, channels: int, size: int) -> Any:
+def auto_patch_size(image_size: int) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides the image into seven patches a side or more."""
+    return next(p for p in (16, 8, 4, 2, 1) if p == 1 or (image_size % p == 0 and image_size >= 7 * p))
+
+
+def build(cfg: TrainConfig, channels: int, size: int, pool: str = "class") -> Any:
     """The backbone of a run for images [channels, size, size]."""
     return backbone(
         cfg.backbone, channels, size, stem=cfg.stem, patch_size=cfg.patch_size, positions=cfg.positions,
-        heads=cfg.heads,
+        heads=cfg.heads, pool=pool,
     )  # fmt: skip
 
 

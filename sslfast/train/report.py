@@ -1,5 +1,6 @@
 """The pictures of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +61,31 @@ def neighbours(
                 )
     axes.imshow(canvas.numpy())
     axes.set_title("test image, then its nearest training images", fontsize=8, loc="left")
+    axes.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
+def pictures(titles: Sequence[str], columns: Sequence[Tensor], path: Path) -> None:
+    """Columns of float images [N, C, H, W] in [0, 1] beside each other, an image in each row."""
+    from matplotlib.figure import Figure
+
+    height, width = columns[0].shape[-2:]
+    gap = 1 + width // 16
+    framed = [
+        F.pad(
+            x.clamp(0, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3].clamp(0, 1),
+            (0, gap, 0, gap),
+            value=1,
+        )
+        for x in columns
+    ]
+    canvas = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 1) for x in framed], dim=1)
+    cell = width + gap
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * canvas.shape[0] / cell + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(canvas.cpu().numpy())
+    for i, title in enumerate(titles):
+        axes.text(i * cell + width / 2, -gap, title, ha="center", va="bottom", fontsize=8)
     axes.set_axis_off()
     figure.savefig(path, dpi=120)
 

@@ -12,7 +12,11 @@ from sslfast.train import checkpoint, config
 from sslfast.train.config import TrainConfig
 
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
-FILES = (CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json", "loss.png", "neighbours.png", "config.json")
+RECONSTRUCTION = "reconstruction.png"
+FILES = (
+    *(CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json"),
+    *("loss.png", "neighbours.png", RECONSTRUCTION, "config.json"),
+)
 REMAINS = tuple(f"{name}.tmp" for name in FILES)  # of a process that was killed while it wrote
 
 

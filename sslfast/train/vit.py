@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast import embed_visible_patches
+
 SIZES: dict[str, dict[str, int]] = {
+    "vit_nano": {"dim": 128, "depth": 6, "heads": 4},
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12},
     "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
+    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16},
 }
 
 
@@ -63,7 +67,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """[B, C, H, W] -> class token after the last LayerNorm [B, dim].
+    """[B, C, H, W] -> class token, or mean of the patches, after the last LayerNorm [B, dim].
 
     Args:
         channels, image_size: of the training images; at other sizes the positions are interpolated.
@@ -71,9 +75,10 @@ class ViT(nn.Module):
         dim, depth, heads: see SIZES.
         positions: "learned", or "fixed": sine and cosine of the two coordinates.
         drop_path: of the last block; it grows linearly from 0 at the first.
+        pool: "class" or "mean".
 
     Raises:
-        ValueError: a patch that does not divide the image, or unknown positions.
+        ValueError: a patch that does not divide the image, unknown positions or pool.
     """
 
     def __init__(
@@ -87,12 +92,15 @@ class ViT(nn.Module):
         *,
         positions: str = "learned",
         drop_path: float = 0.0,
+        pool: str = "class",
     ) -> None:
         super().__init__()
+        if pool not in ("class", "mean"):
+            raise ValueError(f"pool: expected class or mean, got {pool!r}")
         if positions not in ("learned", "fixed"):
             raise ValueError(f"positions: expected learned or fixed, got {positions!r}")
-        self.dim, self.patch_size = dim, patch_size
-        self.grid = self._grid(image_size, image_size)
+        self.dim, self.patch_size, self.pool = dim, patch_size, pool
+        self.grid = self.grid_of(image_size, image_size)
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         table = torch.zeros(1, math.prod(self.grid), dim)  # [1, L, dim]
@@ -114,11 +122,15 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tokens(x)[:, 0]
+        tokens = self.tokens(x)
+        return tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1)
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """All tokens after the last LayerNorm, the class token first: [B, 1 + L, dim]."""
-        x = self.embed(x)
+    def tokens(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """All tokens after the last LayerNorm, the class token first: [B, 1 + L, dim].
+
+        With ids_keep [B, Lk] those of the kept patches alone, [B, 1 + Lk, dim]: the others are not embedded.
+        """
+        x = self.embed(x) if ids_keep is None else self._embed_visible(x, ids_keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -135,21 +147,35 @@ class ViT(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Patches with positions behind the class token: [B, 1 + L, dim]."""
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
-        patches = patches + self._positions_for(self._grid(*x.shape[-2:]))
-        class_token = (self.class_token + self.class_position).expand(len(x), -1, -1)
+        return self._behind_class_token(patches + self._positions_for(self.grid_of(*x.shape[-2:])))
+
+    def _embed_visible(self, x: Tensor, ids_keep: Tensor) -> Tensor:
+        weight, bias = self.patch_embed.weight, self.patch_embed.bias
+        positions = self._positions_for(self.grid_of(*x.shape[-2:]))
+        patches = embed_visible_patches(x, ids_keep, weight, bias, positions, patch_size=self.patch_size)
+        return self._behind_class_token(patches)
+
+    def _behind_class_token(self, patches: Tensor) -> Tensor:
+        class_token = (self.class_token + self.class_position).expand(len(patches), -1, -1)
         return torch.cat([class_token.to(patches.dtype), patches], dim=1)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of such an image."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"patch_size: expected a divisor of {height} and {width}, got {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.grid:
-            return self.positions
-        table = self.positions.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-        return table.flatten(2).transpose(1, 2)
+        return resized_positions(self.positions, self.grid, grid)
+
+
+def resized_positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Positions [1, H * W, dim] of one grid interpolated to those of another."""
+    if wanted == grid:
+        return table
+    table = table.unflatten(1, grid).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=wanted, mode="bicubic", align_corners=False)
+    return table.flatten(2).transpose(1, 2)
 
 
 def sine_cosine_positions(dim: int, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ images [channels, size, size]. NAMES lists the modules.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from sslfast.train import augment, optim
 from sslfast.train.config import TrainConfig
+from sslfast.train.data import ImageSet
 
-NAMES = ("simclr", "byol", "moco", "mocov3")
+NAMES = ("simclr", "byol", "moco", "mocov3", "mae")
 
 
 def module(name: str) -> ModuleType:
@@ -90,3 +92,8 @@ class Method(nn.Module):
 
     def after_step(self) -> None:
         """Follows each update of the weights."""
+
+    def show(self, images: ImageSet, out: Path, device: torch.device) -> dict[str, dict[str, list[float]]]:
+        """After training, what only this method has to show: draws pictures into the folder `out`, and
+        returns {measurement: {of what: [number]}}."""
+        return {}
