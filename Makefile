@@ -53,7 +53,8 @@ sanitize: $(READY)
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SSLFAST_EXPECT_IN=$(SANITIZED) \
 	    $(BIN)/pytest -k "not compile and not peak_memory" tests/test_backends.py tests/test_pair_rows.py \
 	    tests/test_similarity_lse.py tests/test_similarity_lse_edges.py tests/test_unusual_tensors.py \
-	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py
+	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py tests/test_patch_mask.py \
+	    tests/test_patches.py tests/test_masked_patch_mse.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1

@@ -33,6 +33,12 @@ SSLFAST_HD uint64_t ordered(double x) {
   return x != x ? 0xffffffffffffffffu : key;
 }
 
+// The place of a side among those where it fits: floor(draw * places), inside the grid whatever the draw is.
+SSLFAST_HD int64_t place_of(double draw, int64_t side, int64_t size) {
+  const double last = static_cast<double>(size - side);
+  return static_cast<int64_t>(fmax(0.0, fmin(floor(draw * (last + 1)), last)));
+}
+
 SSLFAST_HD int64_t nearest(double x) { return x < 1e9 ? static_cast<int64_t>(floor(x + 0.5)) : 1000000000; }
 
 // One draw: uniform numbers in [0, 1) for area, top and left, and the square root of the aspect ratio (height over
@@ -40,8 +46,8 @@ SSLFAST_HD int64_t nearest(double x) { return x < 1e9 ? static_cast<int64_t>(flo
 SSLFAST_HD Block propose(const BlockRule& rule, const double* draw, double most) {
   const double side = sqrt(rule.least + draw[0] * (most - rule.least));
   Block block{0, 0, nearest(side * draw[1]), nearest(side / draw[1])};
-  block.top = static_cast<int64_t>(floor(draw[2] * static_cast<double>(rule.height - block.height + 1)));
-  block.left = static_cast<int64_t>(floor(draw[3] * static_cast<double>(rule.width - block.width + 1)));
+  block.top = place_of(draw[2], block.height, rule.height);
+  block.left = place_of(draw[3], block.width, rule.width);
   return block;
 }
 
@@ -54,8 +60,8 @@ SSLFAST_HD Block cut_to_grid(const BlockRule& rule, const double* draw) {
   Block block = propose(rule, draw, rule.most);
   const auto clamp = [](int64_t size, int64_t high) { return size < 1 ? 1 : size > high ? high : size; };
   block.height = clamp(block.height, rule.height), block.width = clamp(block.width, rule.width);
-  block.top = static_cast<int64_t>(floor(draw[2] * static_cast<double>(rule.height - block.height + 1)));
-  block.left = static_cast<int64_t>(floor(draw[3] * static_cast<double>(rule.width - block.width + 1)));
+  block.top = place_of(draw[2], block.height, rule.height);
+  block.left = place_of(draw[3], block.width, rule.width);
   return block;
 }
 

@@ -1,6 +1,5 @@
 """Triton kernels of the masks: one program per image sorts its noise, or draws its blocks."""
 
-import math
 import struct
 
 import torch
@@ -131,13 +130,19 @@ def launch_random(
 
 
 def launch_block(
-    draws: torch.Tensor, noise: torch.Tensor, counts: torch.Tensor | None, rule: tuple, mask: torch.Tensor
+    draws: torch.Tensor,
+    noise: torch.Tensor,
+    counts: torch.Tensor | None,
+    sizes: tuple[int, int, int, int],
+    least: float,
+    most: float,
+    mask: torch.Tensor,
 ) -> None:
-    """rule: height and width of the grid, least and most area of a block."""
-    height, width, least, most = rule
+    """sizes: height and width of the grid, and the least and most patches of a mask of one block."""
+    height, width, *areas = sizes
     block = max(16, triton.next_power_of_2(height * width))
     bits = [struct.unpack("<q", struct.pack("<d", x))[0] for x in (least, most)]
     block_mask[(len(mask),)](
         draws, noise, draws if counts is None else counts, mask, height, width, draws.shape[1], *bits,
-        math.ceil(least), math.floor(most), counts is not None, block, num_warps=_warps(block),
+        *areas, counts is not None, block, num_warps=_warps(block), enable_fp_fusion=False,
     )  # fmt: skip

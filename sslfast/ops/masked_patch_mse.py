@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslfast import _C
 from sslfast.ops import _backend
-from sslfast.ops._check import FLOATS, check_tensor, number, traced, working_dtype
+from sslfast.ops._check import FLOATS, check_tensor, may_read, number, traced, working_dtype
 from sslfast.ops._library import define, once_differentiable
 from sslfast.ops.embed_visible_patches import patches_in
 
@@ -59,11 +59,10 @@ def reference(
     if norm_pix:
         mean, var = target.mean(2, keepdim=True), target.var(2, keepdim=True)
         target = (target - mean) / (var + EPS).sqrt()
-    difference = pred.to(work) - target
-    error = (difference.abs() if absolute else difference**2).mean(2)
     weight = weight.to(work)
-    total, kept = weight.sum(), weight != 0
-    error = torch.where(kept, error, 0.0)  # what is not masked does not count, NaN or not
+    total = weight.sum()
+    difference = torch.where(weight[..., None] != 0, pred.to(work) - target, 0.0)  # NaN does not count there
+    error = (difference.abs() if absolute else difference**2).mean(2)
     return torch.where(total == 0, 0.0, (error * weight).sum() / torch.where(total == 0, 1.0, total))
 
 
@@ -86,7 +85,7 @@ def _cpu_forward(pred, images, weight, patch, norm_pix, scale, shift, absolute, 
         dpred.data_ptr() if needed else 0, 1.0 if upstream is None else float(upstream),
         torch.get_num_threads(),
     )  # fmt: skip
-    return torch.tensor(loss, dtype=work), dpred
+    return torch.tensor(loss, dtype=work, device=device), dpred
 
 
 def _triton_forward(pred, images, weight, patch, norm_pix, scale, shift, absolute, needed, upstream):
@@ -141,9 +140,9 @@ def _kept_for_another_backward() -> bool:
 
 class _MaskedPatchMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, images, weight, patch, norm_pix, scale, shift, absolute, backend):
+    def forward(ctx, pred, images, weight, patch, norm_pix, scale, shift, absolute, needed, backend):
         later = pred.dtype == torch.float16
-        needed = ctx.needs_input_grad[0] and not later
+        needed = needed and not later
         options = patch, norm_pix, scale, shift, absolute
         loss, dpred = _fwd(pred, images, weight, *options, needed, None, backend)
         ctx.save_for_backward(*((pred, images, weight) if later else (dpred,)))
@@ -155,13 +154,13 @@ class _MaskedPatchMSE(torch.autograd.Function):
     def backward(ctx, upstream):
         if len(ctx.saved_tensors) == 3:
             _, dpred = _fwd(*ctx.saved_tensors, *ctx.options, True, upstream, ctx.backend)
-            return dpred, *(None,) * 8
+            return dpred, *(None,) * 9
         (dpred,) = ctx.saved_tensors
         if traced() or _kept_for_another_backward():
             dpred = (dpred * upstream).to(dpred.dtype)
         elif dpred.numel():
             dpred = _SCALE[ctx.backend](dpred, upstream)
-        return dpred, *(None,) * 8
+        return dpred, *(None,) * 9
 
 
 def statistics(
@@ -193,6 +192,8 @@ def _per_channel(name: str, given: Sequence[float] | Tensor, images: Tensor) -> 
     if isinstance(given, Tensor):
         given = given.flatten() if given.numel() == channels else given
         check_tensor(name, given, FLOATS, (channels,), images)
+        if may_read(given):
+            _per_channel(name, given.tolist(), images)
         return given.detach()
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != channels:
         raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {given!r}")
@@ -273,6 +274,7 @@ def _error(pred, images, mask, patch_size, norm_pix, mean, std, absolute):
     if backend == "reference":
         return reference(pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
+    needed = pred.requires_grad and torch.is_grad_enabled()
     return _MaskedPatchMSE.apply(
-        pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute, backend
+        pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute, needed, backend
     )

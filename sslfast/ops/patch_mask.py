@@ -48,16 +48,23 @@ class PatchMask(NamedTuple):
             raise ValueError(
                 f"num_masked: expected at most {length}, the number of patches, got {num_masked}"
             )
-        if may_read(mask) and not bool((mask.sum(1) == num_masked).all()):
-            raise ValueError(f"mask: expected {num_masked} ones in every row")
+        if may_read(mask):
+            ones = mask == 1
+            if not bool((ones | (mask == 0)).all()) or not bool((ones.sum(1) == num_masked).all()):
+                raise ValueError(f"mask: expected {num_masked} ones and otherwise zeros in every row")
         return _masked(mask.detach(), length - num_masked)
 
 
 def reference(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch: specification, test truth and benchmark baseline."""
-    order = noise.argsort(dim=1, stable=True)
+    order = _order(noise)
     restore = order.argsort(dim=1)
     return order[:, :keep].contiguous(), restore, (restore >= keep).float()
+
+
+def _order(noise: Tensor) -> Tensor:
+    """With every NaN last: on a GPU torch.sort has those with a sign first."""
+    return torch.where(noise.isnan(), torch.nan, noise).argsort(dim=1, stable=True)
 
 
 class BlockRule(NamedTuple):
@@ -68,6 +75,11 @@ class BlockRule(NamedTuple):
     least: float
     """area of a block"""
     most: float
+
+    @property
+    def areas(self) -> tuple[int, int]:
+        """The whole numbers in that range, which a product like 0.1 * 40 may miss by its rounding."""
+        return math.ceil(self.least - 1e-6), math.floor(self.most + 1e-6)
 
 
 def block_reference(draws: Tensor, noise: Tensor, counts: Tensor | None, rule: BlockRule) -> Tensor:
@@ -99,7 +111,7 @@ def block_reference(draws: Tensor, noise: Tensor, counts: Tensor | None, rule: B
         more = (block & ~mask).sum((1, 2))
         if counts is None:
             size = (h * w).flatten()
-            fits = (size >= math.ceil(least)) & (size <= math.floor(most))
+            fits = (size >= rule.areas[0]) & (size <= rule.areas[1])
             good, more = good & (fits | (t == tries - 1)), torch.ones_like(more)
         good = good & (more > 0) & (more <= left)
         mask = mask | (block & good[:, None, None])
@@ -141,7 +153,7 @@ def _sorted(noise: Tensor) -> tuple[Tensor, bool]:
     """What the GPU kernels sort themselves, as float32 they have room for; otherwise the sorted order."""
     noise = noise.float() if noise.element_size() == 2 else noise
     if noise.dtype == torch.float64 or noise.shape[1] > tuning.MASK_SORT:
-        return noise.argsort(dim=1, stable=True), True
+        return _order(noise), True
     return noise.contiguous(), False
 
 
@@ -175,7 +187,7 @@ def _block_arguments(
 ) -> tuple:
     batch, tries, _ = draws.shape
     height, width, least, most = rule
-    sizes = (height, width, math.ceil(least), math.floor(most))
+    sizes = (height, width, *rule.areas)
     return (
         batch, tries, sizes, least, most,
         _backend.pointer("draws", draws, torch.float64, (batch, tries, 4), draws.device),
@@ -196,7 +208,8 @@ def _triton_block(draws: Tensor, noise: Tensor, counts: Tensor | None, rule: Blo
     mask = torch.empty_like(noise)
     if len(mask):
         with _backend.device_of(noise):
-            patch_mask.launch_block(draws, noise, counts, rule, mask)
+            height, width, least, most = rule
+            patch_mask.launch_block(draws, noise, counts, (height, width, *rule.areas), least, most, mask)
     return mask
 
 
@@ -252,11 +265,20 @@ def _masked(noise: Tensor, keep: int) -> PatchMask:
     return PatchMask(*_random_op(noise, keep, backend))
 
 
-def _device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device:
+def _uniform(
+    *shape: int, dtype: torch.dtype, device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    if generator is None:  # torch.compile traces no call with one
+        return torch.rand(*shape, dtype=dtype, device=device)
+    return torch.rand(*shape, dtype=dtype, device=device, generator=generator)
+
+
+def _device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device | None:
+    """None: torch's default."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if device is None:
-        return torch.get_default_device() if generator is None else generator.device
+        return None if generator is None else generator.device
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -300,12 +322,14 @@ def random_patch_mask(
         raise ValueError(f"mask_ratio: expected a number in [0, 1], got {mask_ratio}")
     keep = int(num_patches * (1 - mask_ratio))
     if noise is None:
-        noise = torch.rand(batch, num_patches, device=_device(device, generator), generator=generator)
+        device = _device(device, generator)
+        noise = _uniform(batch, num_patches, dtype=torch.float32, device=device, generator=generator)
         return _masked(noise, keep)
     check_tensor("noise", noise, FLOATS, (batch, num_patches))
     if generator is not None:
         raise ValueError("generator: expected None with noise given, which leaves nothing to draw")
-    if device is not None and torch.device(device).type != noise.device.type:
+    wanted = _device(device, None)
+    if wanted is not None and wanted.type != noise.device.type:
         raise ValueError(f"noise: expected device {device}, got {noise.device}")
     return _masked(noise.detach(), keep)
 
@@ -375,13 +399,15 @@ def block_patch_mask(
         device = num_masked.device
     device = _device(device, generator)
     counts = _counts(num_masked, batch, length, device)
-    draws = torch.rand(batch, TRIES, 4, dtype=torch.float64, device=device, generator=generator)
+    draws = _uniform(batch, TRIES, 4, dtype=torch.float64, device=device, generator=generator)
     draws[:, :, 1].mul_(0.5 * math.log(tall / flat)).add_(0.5 * math.log(flat)).exp_()
-    noise = torch.rand(batch, length, device=device, generator=generator)
+    noise = _uniform(batch, length, dtype=torch.float32, device=device, generator=generator)
     return blocks(draws, noise, counts, BlockRule(height, width, low * length, high * length))
 
 
-def _counts(num_masked: int | Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+def _counts(
+    num_masked: int | Tensor | None, batch: int, length: int, device: torch.device | None
+) -> Tensor | None:
     if num_masked is None:
         return None
     if not isinstance(num_masked, Tensor):
@@ -392,7 +418,7 @@ def _counts(num_masked: int | Tensor | None, batch: int, length: int, device: to
             )
         return torch.full((batch,), num_masked, dtype=torch.int64, device=device)
     check_tensor("num_masked", num_masked, (torch.int64,), (batch,))
-    if num_masked.device.type != device.type:
+    if device is not None and num_masked.device.type != device.type:
         raise ValueError(f"num_masked: expected device {device}, got {num_masked.device}")
     if may_read(num_masked) and bool(((num_masked < 0) | (num_masked > length)).any()):
         raise ValueError(f"num_masked: expected numbers in [0, {length}]")

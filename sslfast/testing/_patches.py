@@ -361,4 +361,5 @@ RESTORE_OP = Op(_restored(ops.restore_patches), _restore, dict, _terms(_restore)
 EMBED_OP = Op(
     _embedded(ops.embed_visible_patches), _embedding, dict, _terms(_embedding), ("a", "bias", "pos_embed")
 )
-MSE_OP = Op(_error, _error_reference, dict, _error_terms, ("a",))
+# The gradient that the forward pass leaves is rounded to its dtype before an upstream gradient multiplies it.
+MSE_OP = Op(_error, _error_reference, dict, _error_terms, ("a",), tiles=True)
