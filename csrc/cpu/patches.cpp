@@ -53,10 +53,12 @@ void take(const Take& p) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / p.count, i = at % p.count, id = p.ids[at];
       T* out = static_cast<T*>(p.out) + at * p.dim;
-      const T* here = pos ? pos + (fill ? i : id) * p.dim : nullptr;
       if (id < 0 || (id >= p.rows && !fill)) {
         for (int64_t d = 0; d < p.dim; ++d) out[d] = nan_of<T>();
-      } else if (id >= p.rows) {
+        continue;
+      }
+      const T* here = pos ? pos + (fill ? i : id) * p.dim : nullptr;
+      if (id >= p.rows) {
         add_row<T, T>(out, fill, here, p.dim);
       } else {
         add_row<S, T>(out, source + b * p.source.batch_stride + (p.own ? i : id) * p.source.row_stride, here, p.dim);

@@ -92,12 +92,12 @@ class _Embed(torch.autograd.Function):
         images, ids, weight = ctx.saved_tensors
         dweight = dbias = dpos = None
         _, _, need_weight, need_bias, need_pos, *_ = ctx.needs_input_grad
-        rows = dout.to(weight.dtype).flatten(0, 1)
         if need_weight:
             cols = _cut(images, ids, ctx.patch, weight.dtype, ctx.backend)
-            dweight = rows.T @ cols.flatten(0, 1)
+            dweight = dout.to(weight.dtype).flatten(0, 1).T @ cols.flatten(0, 1)
+            del cols
         if need_bias:
-            dbias = rows.sum(0, dtype=working_dtype(rows)).to(weight.dtype)
+            dbias = dout.sum((0, 1), dtype=working_dtype(dout)).to(weight.dtype)
         if need_pos:
             _, dpos, _ = put(dout, ids, ctx.length, dout.dtype, False, True, False, ctx.backend)
             dpos = dpos.to(dout.dtype)
