@@ -288,39 +288,18 @@ def put(
         part = dout.new_empty(parts, rows, dim, dtype=work)
         few = max(1, height // 2)  # the sums stay in registers from image to image
         sum_rows[parts, triton.cdiv(rows, few), columns](
-            dout,
-            table,
-            part,
-            *strides,
-            batch,
-            span,
-            rows,
-            count,
-            dim,
-            _work(dout.dtype),
-            few,
-            block,
+            dout, table, part, *strides, batch, span, rows, count, dim, _work(dout.dtype), few, block,
             num_warps=4,
-        )
+        )  # fmt: skip
         dpos = part.sum(0)
     if need_fill and count:
         tiles = 16
         parts = triton.cdiv(batch * count, tiles * height)
         part = dout.new_empty(parts, dim, dtype=work)
         sum_fill[parts, columns](
-            dout,
-            ids,
-            part,
-            *strides,
-            batch * count,
-            count,
-            rows,
-            dim,
-            tiles,
-            _work(dout.dtype),
-            *tile,
+            dout, ids, part, *strides, batch * count, count, rows, dim, tiles, _work(dout.dtype), *tile,
             num_warps=4,
-        )
+        )  # fmt: skip
         dfill = part.sum(0)
     return dsource, dpos, dfill
 
