@@ -235,7 +235,7 @@ def test_bad_options_are_named(tmp_path):
            ("learning_rate", math.nan), ("weight_decay", math.inf), ("temperature", 0.0),
            ("temperature", math.nan), ("projection_dim", 0), ("accumulate", 0), ("clip_norm", -1.0),
            ("knn_every", -1), ("workers", -1), ("checkpoint_minutes", -1.0), ("seed", -1), ("seed", 1 << 32),
-           ("patch_size", 0)]  # fmt: skip
+           ("patch_size", -1)]  # fmt: skip
     for name, value in bad:
         with pytest.raises(ValueError, match=f"{name}: expected"):
             SimCLRConfig(**{"out": tmp_path, name: value})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslfast import embed_visible_patches
+from sslfast import embed_visible_patches, restore_patches
 
 SIZES: dict[str, dict[str, int]] = {
     "vit_nano": {"dim": 128, "depth": 6, "heads": 4},
@@ -167,6 +167,39 @@ class ViT(nn.Module):
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
         return resized_positions(self.positions, self.grid, grid)
+
+
+class Decoder(nn.Module):
+    """Tokens of the visible patches [B, 1 + Lk, encoder_dim] -> pixels of all patches [B, L, pixels].
+
+    Args:
+        encoder_dim, dim, depth, heads: widths, blocks and heads per block.
+        grid: rows and columns of patches of the training images; at others the positions are interpolated.
+        pixels: numbers per patch.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, encoder_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], pixels: int
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sine_cosine_positions(dim, grid)[None])
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path=0.0) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pixels = nn.Linear(dim, pixels)
+
+    def forward(self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = self.embed(x)
+        positions = resized_positions(self.positions, self.grid, grid)
+        patches = restore_patches(x[:, 1:], ids_restore, self.mask_token, positions)
+        x = torch.cat([x[:, :1].to(patches.dtype), patches], dim=1)  # the class token's position is 0
+        for block in self.blocks:
+            x = block(x)
+        return self.pixels(self.norm(x[:, 1:]))
 
 
 def resized_positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -8,14 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sslfast import mae_loss, random_patch_mask, restore_patches
-from sslfast.ops import patchify, unpatchify
-from sslfast.train import augment, models, optim, report
+from sslfast import mae_loss, random_patch_mask
+from sslfast.train import augment, models, optim, reconstruction
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import ImageSet
 from sslfast.train.methods import Method
-from sslfast.train.run import RECONSTRUCTION
-from sslfast.train.vit import Block, ViT, resized_positions, sine_cosine_positions
+from sslfast.train.vit import Decoder, ViT
 
 
 @dataclass(frozen=True)
@@ -63,39 +61,6 @@ def build(cfg: Config, channels: int, size: int) -> Method:
     return MAE(encoder, decoder, cfg.mask_ratio, cfg.norm_pix)
 
 
-class Decoder(nn.Module):
-    """Tokens of the visible patches [B, 1 + Lk, encoder_dim] -> pixels of all patches [B, L, pixels].
-
-    Args:
-        encoder_dim, dim, depth, heads: widths, blocks and heads per block.
-        grid: rows and columns of patches of the training images; at others the positions are interpolated.
-        pixels: numbers per patch.
-    """
-
-    positions: Tensor
-
-    def __init__(
-        self, encoder_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], pixels: int
-    ) -> None:
-        super().__init__()
-        self.grid = grid
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("positions", sine_cosine_positions(dim, grid)[None])
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path=0.0) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pixels = nn.Linear(dim, pixels)
-
-    def forward(self, x: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = self.embed(x)
-        positions = resized_positions(self.positions, self.grid, grid)
-        patches = restore_patches(x[:, 1:], ids_restore, self.mask_token, positions)
-        x = torch.cat([x[:, :1].to(patches.dtype), patches], dim=1)  # the class token's position is 0
-        for block in self.blocks:
-            x = block(x)
-        return self.pixels(self.norm(x[:, 1:]))
-
-
 class MAE(Method):
     """Encoder and decoder; only the encoder is kept."""
 
@@ -136,34 +101,8 @@ class MAE(Method):
         loss = mae_loss(pred, images, mask, self.encoder.patch_size, self.norm_pix)
         return loss, {"embeddings": tokens.mean(1).detach()}
 
-    @torch.no_grad()
     def show(self, images: ImageSet, out: Path, device: torch.device) -> dict[str, dict[str, list[float]]]:
-        """reconstruction.png, and the squared error of the masked patches beside that of the mean of each
-        image's visible pixels. A prediction of normalised pixels is put back to the true mean and
-        variance."""
-        self.to(device).eval()
-        generator = torch.Generator(device).manual_seed(0)
-        patch, sums, shown = self.encoder.patch_size, torch.zeros(3, device=device), None
-        for batch in images.batches(torch.arange(min(len(images), 2000)).split(250), device):
-            pixels = batch.float() / 255
-            pred, mask, _ = self.reconstruct(pixels, generator)
-            target, pred = patchify(pixels, patch), pred.float()
-            if self.norm_pix:
-                pred = pred * (target.var(2, keepdim=True) + 1e-6).sqrt() + target.mean(2, keepdim=True)
-            visible = 1 - mask
-            mean = (target.mean(2) * visible).sum(1) / visible.sum(1).clamp(min=1)
-            errors = [((guess - target) ** 2).mean(2) for guess in (pred, mean[:, None, None])]
-            sums += torch.stack([*((error * mask).sum() for error in errors), mask.sum()])
-            shown = shown or (target[:10], mask[:10], pred[:10])
-        if shown is None or not sums[2]:
-            return {}
-        target, mask, pred = shown
-        hidden = mask.bool()[:, :, None]
-        rows = [torch.where(hidden, other, target) for other in (torch.full_like(target, 0.5), pred)]
-        pictures = [unpatchify(x, patch, images.shape) for x in (*rows, target)]
-        report.pictures(("masked", "reconstructed", "original"), pictures, out / RECONSTRUCTION)
-        ours, theirs = (sums[:2] / sums[2]).tolist()
-        return {"squared error of masked patches": {"reconstruction": [ours], "visible mean": [theirs]}}
+        return reconstruction.show(self.to(device).eval(), images, out, device)
 
 
 def _initialize(module: nn.Module) -> None:
