@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslfast
 from sslfast.ops import patchify, unpatchify
-from sslfast.train import augment, data, finetuning, loop, methods, models, report
+from sslfast.train import augment, data, finetuning, loop, models, report
 from sslfast.train.methods import mae
 
 
@@ -289,7 +289,3 @@ def test_earlier_blocks_are_fine_tuned_more_slowly(tmp_path):
     assert scale[id(encoder.patch_embed.weight)] == scale[id(encoder.class_token)] == pytest.approx(0.75**7)
     assert decay[id(classifier.weight)] == 0.05 and decay[id(classifier.bias)] == 0
     assert len(scale) == len(list(encoder.parameters())) + 2
-
-
-def test_methods_are_listed():
-    assert "mae" in methods.NAMES

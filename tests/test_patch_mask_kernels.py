@@ -13,7 +13,7 @@ from sslfast.kernels import tuning
 
 import sslfast
 from sslfast import PatchMask, block_patch_mask, random_patch_mask
-from sslfast.ops import _backend, patch_mask
+from sslfast.ops import _backend, block_mask, patch_mask
 from sslfast.ops._check import FLOATS
 from sslfast.testing import CASES
 
@@ -65,8 +65,8 @@ def test_triton_block_case(case, poisoned):
     draws, noise, counts, rule = case.inputs().values()
     tensors = [x if x is None else inside_nan(x) for x in (draws, noise, counts)]
     with sslfast.use_backend("triton"), grid_order(True), guarded():
-        mask = patch_mask.blocks(*tensors, rule)
-    assert_same([mask], [patch_mask.block_reference(draws, noise, counts, rule)])
+        mask = block_mask.blocks(*tensors, rule)
+    assert_same([mask], [block_mask.block_reference(draws, noise, counts, rule)])
 
 
 @pytest.mark.parametrize("count", [None, 3], ids=["one block", "counts"])
@@ -105,8 +105,8 @@ def test_triton_launches_once_and_not_for_no_image(monkeypatch):
 def a_side_that_rounds_to_a_half(device: str) -> list[float]:
     """3 + draw * 6.1 is 6.25 when rounded once, and less when rounded twice, as plain PyTorch does."""
     draws = torch.tensor([[[0.5327868852459015, 1.0, 0.0, 0.0]]], dtype=torch.float64, device=device)
-    rule = patch_mask.BlockRule(6, 6, 3.0, 9.1)
-    return patch_mask.blocks(draws, torch.zeros(1, 36, device=device), None, rule).sum(1).tolist()
+    rule = block_mask.BlockRule(6, 6, 3.0, 9.1)
+    return block_mask.blocks(draws, torch.zeros(1, 36, device=device), None, rule).sum(1).tolist()
 
 
 def test_numbers_are_rounded_as_often_on_every_instruction_set(isa):
@@ -147,11 +147,11 @@ def test_gpu_random_is_the_cpu_s(length, dtype, on_gpu):
 def test_gpu_blocks_are_the_cpu_s(case, on_gpu):
     for seed in range(3):
         draws, noise, counts, rule = case.inputs(seed=seed).values()
-        ours = patch_mask.blocks(
+        ours = block_mask.blocks(
             draws.cuda(), noise.cuda(), counts if counts is None else counts.cuda(), rule
         )
         with sslfast.use_backend("cpu"):
-            assert_same([ours], [patch_mask.blocks(draws, noise, counts, rule)])
+            assert_same([ours], [block_mask.blocks(draws, noise, counts, rule)])
 
 
 @gpu

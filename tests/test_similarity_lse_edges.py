@@ -304,8 +304,7 @@ def test_no_tensor_beyond_a_tile_and_the_inputs(dtype, two_sided, bias):
 
 GROWTH = """
 import torch, sslfast
-def peak():  # of this process alone, which resource.getrusage would not give
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 def step(m, n):
     a, b = torch.randn(m, 8, requires_grad=True), torch.randn(n, 8, requires_grad=True)
     row, col = sslfast.similarity_lse(a, b, scale=0.1, return_cols=True)
@@ -324,8 +323,7 @@ print((whole - small) // 1024, (loss(4096) - small_loss) // 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in the units of Linux")
 def test_peak_memory_of_a_process(tmp_path):
-    """16384 x 8192 logits would be 512 MB in float32; inputs, gradients and one tile are 4 MB. Of NT-Xent on
-    4096 pairs each matrix would be 256 MB; inputs and gradients are 16 MB."""
+    """16384 x 8192 logits would be 512 MB; inputs, gradients and a tile are 4 MB. One of NT-Xent: 256."""
     command = [sys.executable, "-c", GROWTH]  # elsewhere, since -c puts the current folder on sys.path
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert max(map(int, done.stdout.split())) < 64

@@ -1,10 +1,11 @@
 """The primitives, one file each: reference, backends, gradient, public function."""
 
 from sslfast.ops._backend import available_backends, use_backend
+from sslfast.ops.block_mask import block_patch_mask
 from sslfast.ops.ema import ema_update_
 from sslfast.ops.embed_visible_patches import embed_visible_patches
 from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse, patchify, unpatchify
-from sslfast.ops.patch_mask import PatchMask, block_patch_mask, random_patch_mask
+from sslfast.ops.patch_mask import PatchMask, random_patch_mask
 from sslfast.ops.patches import gather_patches, restore_patches
 from sslfast.ops.similarity_lse import similarity_lse
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sslfast.ops import patch_mask
+from sslfast.ops import block_mask, patch_mask
 from sslfast.ops._check import FLOATS
 from sslfast.testing._op import Inputs, Op
 
@@ -90,7 +90,7 @@ class BlockMaskCase:
         tensors = {"draws": draws, "a": noise * (self.fixed != "equal"), "counts": counts}
         placed = {k: x if x is None else x.to(device) for k, x in tensors.items()}
         ratio = (self.ratio[0] * length, self.ratio[1] * length)
-        return {**placed, "rule": patch_mask.BlockRule(height, width, *ratio)}
+        return {**placed, "rule": block_mask.BlockRule(height, width, *ratio)}
 
 
 _R, _B = RandomMaskCase, BlockMaskCase
@@ -149,12 +149,12 @@ def _random_reference(a: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
     return patch_mask.reference(a, int(a.shape[1] * (1 - mask_ratio)))
 
 
-def _run_block(draws: Tensor, a: Tensor, counts: Tensor | None, rule: patch_mask.BlockRule) -> Tensor:
-    return patch_mask.blocks(draws, a, counts, rule)
+def _run_block(draws: Tensor, a: Tensor, counts: Tensor | None, rule: block_mask.BlockRule) -> Tensor:
+    return block_mask.blocks(draws, a, counts, rule)
 
 
-def _block_reference(draws: Tensor, a: Tensor, counts: Tensor | None, rule: patch_mask.BlockRule) -> Tensor:
-    return patch_mask.block_reference(draws, a, counts, rule)
+def _block_reference(draws: Tensor, a: Tensor, counts: Tensor | None, rule: block_mask.BlockRule) -> Tensor:
+    return block_mask.block_reference(draws, a, counts, rule)
 
 
 RANDOM_OP = Op(_run_random, _random_reference, dict, _no_terms, gradients=())
