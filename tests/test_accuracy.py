@@ -51,3 +51,30 @@ def test_simclr_on_mnist5k(tmp_path):
     assert accuracy >= 0.85 and seconds <= 180
     assert "warning" not in printed
     print(f"{time.monotonic() - began:.0f} s in all")
+
+
+MAE = [
+    ("--data mnist5k --patch-size 7", 25),
+    ("--data photos --image-size 48 --patch-size 12 --mask-ratio 0.5", 20),
+]
+
+
+@pytest.mark.parametrize("options, epochs", MAE)
+def test_mae_learns(options, epochs, tmp_path):
+    out = tmp_path / "run"
+    accuracy, seconds, printed = train(out, "mae", *options.split(), "--epochs", str(epochs))
+    untrained = float(re.search(r"^10 labels per class: .* untrained encoder (0\.\d+)", printed, re.M)[1])
+    assert accuracy >= untrained + 0.08 and seconds <= 180
+    assert "warning" not in printed
+    assert (out / "reconstruction.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("options, epochs", MAE)
+def test_mae_reconstructs(options, epochs, tmp_path):
+    """Pixels as they are: with norm_pix the mean and variance of each patch would be given."""
+    options = [*options.split(), "--no-norm-pix", "--epochs", str(epochs // 2)]
+    _, seconds, printed = train(tmp_path / "run", "mae", *options)
+    errors = re.search(
+        r"^squared error of masked patches: reconstruction (0\.\d+), visible mean (0\.\d+)", printed, re.M
+    )
+    assert float(errors[1]) <= 0.7 * float(errors[2]) and seconds <= 180

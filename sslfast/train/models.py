@@ -114,7 +114,7 @@ def backbone(
     """The backbone called `name`.
 
     Args:
-        name: "compact" (0.3 M parameters, for CPUs), "resnet18", "resnet50", "vit_nano" (1.2 M, for CPUs),
+        name: "compact" (0.3 M parameters, for CPUs), "resnet18", "resnet50", "vit_nano" (0.8 M, for CPUs),
             "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "torchvision:MODEL" or "timm:MODEL".
         channels, image_size: of the training images.
         stem: of a ResNet: "small" (3x3, stride 1), "imagenet" (7x7, stride 2, pooling), or "auto": by

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sslfast import embed_visible_patches, restore_patches
 
 SIZES: dict[str, dict[str, int]] = {
-    "vit_nano": {"dim": 128, "depth": 6, "heads": 4},
+    "vit_nano": {"dim": 128, "depth": 4, "heads": 4},
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12},

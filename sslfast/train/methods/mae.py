@@ -24,8 +24,12 @@ class Config(TrainConfig):
     --learning-rate 1.5e-4 per 256 images.
     """
 
+    batch_size: int = 32
+    """Images of one update; a small model on few images wants many updates."""
+    learning_rate: float | None = 1e-3
+    """Peak, after the warm-up."""
     backbone: str = "vit_nano"
-    """vit_nano (1.2 M parameters, for CPUs), vit_tiny, vit_small, vit_base, vit_large or vit_huge."""
+    """vit_nano (0.8 M parameters, for CPUs), vit_tiny, vit_small, vit_base, vit_large or vit_huge."""
     positions: Literal["learned", "fixed"] = "fixed"
     weight_decay: float = 0.05
     mask_ratio: float = 0.75
@@ -35,7 +39,7 @@ class Config(TrainConfig):
     decoder_dim: int = 0
     """Width of the decoder; 0: 512, for vit_nano 64."""
     decoder_depth: int = 0
-    """Its blocks; 0: 8, for vit_nano 2."""
+    """Its blocks; 0: 8, for vit_nano 4."""
     decoder_heads: int = 0
     """Of its attention; 0: 16, for vit_nano 4."""
     pool: Literal["mean", "class"] = "mean"
@@ -53,7 +57,7 @@ def build(cfg: Config, channels: int, size: int) -> Method:
     encoder = models.build(cfg, channels, size, pool=cfg.pool)
     if not isinstance(encoder, ViT):
         raise ValueError(f"backbone: MAE masks the patches of a ViT, got {cfg.backbone!r}")
-    dim, depth, heads = (64, 2, 4) if cfg.backbone == "vit_nano" else (512, 8, 16)
+    dim, depth, heads = (64, 4, 4) if cfg.backbone == "vit_nano" else (512, 8, 16)
     dim, depth, heads = cfg.decoder_dim or dim, cfg.decoder_depth or depth, cfg.decoder_heads or heads
     if dim % heads or dim % 4:
         raise ValueError(f"decoder_dim: expected a multiple of 4 and of {heads} heads, got {dim}")
