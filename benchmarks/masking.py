@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json-out", type=Path, help="a file, or a folder that gets <device>/masking.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, help="alternations; 9, or on a GPU 3 of many calls each")
+    parser.add_argument("--rounds", type=int, help="alternations; 21, or on a GPU 3 of many calls each")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
     parser.add_argument("--memory-of", help="(internal) one implementation's peak memory in this process")
     options = parser.parse_args()
@@ -325,7 +325,7 @@ def main() -> None:
             if time.monotonic() - began > options.seconds:
                 print(f"{case.name}, D={size.dim}: left out for lack of time")
                 continue
-            rows = run_case(case, size, device, options.rounds or (3 if device == "cuda" else 9), ceilings)
+            rows = run_case(case, size, device, options.rounds or (3 if device == "cuda" else 21), ceilings)
             show(rows)
             whole["masking"] += rows
             keep()
