@@ -10,9 +10,10 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
 
-# Triton's interpreter uses one core: those tests run two at a time, one thread each.
+# Two tests at a time. Idle threads sleep, since spinning ones would take the other test's cores; Triton's interpreter
+# uses one core.
 test: $(READY)
-	$(BIN)/pytest -m "not accuracy and not interpreted"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup -m "not accuracy and not interpreted"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted
 
 accuracy: $(READY)

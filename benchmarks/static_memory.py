@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # CUDA C programming guide, as the next two
 BLOCKS_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+QUICK = (80, 90, 100)  # architectures of a quick run: one for each kind of matrix instruction
 SHARED_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB per multiprocessor
 DIM, PATCH = 768, 16  # ViT-B, whose patches of 16 x 16 x 3 pixels are as long as its tokens
 
@@ -31,7 +32,7 @@ class Kernel:
     aligned: tuple[str, ...] = ()
     wide: bool = False
     pairs: tuple[tuple[str, str], ...] = (("fp32", "fp32"), ("bf16", "bf16"))
-    quick: tuple[int, ...] = (80, 90, 120)
+    quick: tuple[int, ...] = QUICK
 
 
 def _masks() -> dict[str, Kernel]:
@@ -40,7 +41,7 @@ def _masks() -> dict[str, Kernel]:
     plain = (("fp32", "fp32"),)
     found = {}
     for block in (4096, 1024, 256, 64):
-        quick = {256: (80, 90, 120), 1024: ()}.get(block, (90,))  # a sort takes long to compile
+        quick = {256: QUICK, 1024: ()}.get(block, (90,))  # a sort takes long to compile
         found[f"random_mask {block}"] = Kernel(
             patch_mask.random_mask, noise, {"IS_ORDER": False, "BLOCK": block}, patch_mask._warps(block),
             pairs=plain, quick=quick,
@@ -49,7 +50,7 @@ def _masks() -> dict[str, Kernel]:
         patch_mask.random_mask, {**noise, "given_ptr": "i64"}, {"IS_ORDER": True, "BLOCK": 1024},
         patch_mask._warps(1024), pairs=plain, quick=(90,),
     )  # fmt: skip
-    for name, many, quick in (("block_mask: many", True, (80, 90, 120)), ("block_mask: one", False, (90,))):
+    for name, many, quick in (("block_mask: many", True, QUICK), ("block_mask: one", False, (90,))):
         found[name] = Kernel(
             patch_mask.block_mask, draws, {"MANY": many, "BLOCK": 256}, patch_mask._warps(256), pairs=plain,
             quick=quick,
@@ -67,7 +68,7 @@ def _rows() -> dict[str, Kernel]:
     found = {}
     for name, fill, own in (("gather", False, False), ("restore", True, False), ("embed", False, True)):
         flags = {"FILL": fill, "POS": True, "OWN": own, **work}
-        quick = (90,) if own else (80, 90, 120)
+        quick = (90,) if own else QUICK
         found[f"take_rows: {name}"] = Kernel(
             patches.take_rows, take, flags, 4, strides, wide=True, quick=quick
         )

@@ -285,7 +285,7 @@ def test_earlier_blocks_are_fine_tuned_more_slowly(tmp_path):
     encoder = model.encoder
     assert scale[id(classifier.weight)] == scale[id(encoder.norm.bias)] == 1
     for i, block in enumerate(encoder.blocks):
-        assert scale[id(block.mlp[0].weight)] == pytest.approx(0.75 ** (6 - i))
-    assert scale[id(encoder.patch_embed.weight)] == scale[id(encoder.class_token)] == pytest.approx(0.75**7)
+        assert scale[id(block.mlp[0].weight)] == pytest.approx(0.75 ** (4 - i))
+    assert scale[id(encoder.patch_embed.weight)] == scale[id(encoder.class_token)] == pytest.approx(0.75**5)
     assert decay[id(classifier.weight)] == 0.05 and decay[id(classifier.bias)] == 0
     assert len(scale) == len(list(encoder.parameters())) + 2

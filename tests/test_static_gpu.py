@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "static_gpu.py"
+pytestmark = pytest.mark.xdist_group("static")  # one worker makes the report
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def static_gpu():
 def test_every_configuration_is_fit_to_ship(results):
     """No spill in 16-bit kernels at D <= 128, no large stack, memory that fits, matrix instructions."""
     kernels = results["kernels"]
-    assert {k["job"]["arch"] for k in kernels} == {80, 86, 90, 100, 120}
+    assert {k["job"]["arch"] for k in kernels} == {80, 90, 100}
     assert {k["job"]["dtype"] for k in kernels} == {"bf16", "fp16", "fp32"}
-    assert len(kernels) > 140
+    assert len(kernels) > 84
     for k in kernels:
         job = k["job"]
         if job["dtype"] != "fp32" and 0 < job["width"] <= 128:
@@ -69,7 +70,7 @@ def test_no_kernel_of_the_patches_spills(results):
     kernels = [k for k in results["memory_kernels"] if k["job"]["name"] != "ema_update"]
     names = {k["job"]["name"].split(":")[0] for k in kernels}
     assert names >= {"random_mask 256", "block_mask", "take_rows", "sum_fill", "places", "cut_rows", "scale"}
-    assert {k["job"]["arch"] for k in kernels} == {80, 90, 120}
+    assert {k["job"]["arch"] for k in kernels} == {80, 90, 100}
     assert {k["job"]["source"] for k in kernels if "patch_error" in k["job"]["name"]} == {"fp32", "u8"}
     for k in kernels:
         assert not k["spills"], k
@@ -100,7 +101,7 @@ def test_one_power_per_pair_serves_both_directions(results):
         if job["name"] in ("sums: NT-Xent", "grad: NT-Xent"):
             assert k["powers_per_tile"] == job["tile"][0] * job["tile"][1], job
             seen += 1
-    assert seen >= 40
+    assert seen >= 24
 
 
 def test_hopper_uses_its_own_matrix_instructions_and_pipelines_loads(static_gpu):
@@ -111,7 +112,7 @@ def test_hopper_uses_its_own_matrix_instructions_and_pipelines_loads(static_gpu)
 
 def test_predictions_are_for_every_card_and_above_the_floor(results):
     rows = results["predictions"]
-    assert {row["arch"] for row in rows} == {80, 86, 90, 100, 120}
+    assert {row["arch"] for row in rows} == {80, 90, 100}
     assert all(row["times_floor"] >= 0.8 and row["ms"] > 0 for row in rows)
 
 
