@@ -343,9 +343,9 @@ def main(
         json_out: where to write reports and predictions.
         archs: compute capabilities times ten.
         dtypes: of the rows.
-        quick: leave out sm_86 and sm_120, fp16 above D=128 and in epilogues, where its code is bf16's but for a conversion,
-            most of the narrow rows that share the tile of 128, and for some of the kernels that only move
-            memory all architectures but sm_90.
+        quick: leave out sm_86 and sm_120; fp16 above D=128 and in epilogues, where its code is bf16's but
+            for a conversion; most of the narrow rows that share the tile of 128; and for some of the kernels
+            that only move memory all architectures but sm_90.
     """
     archs = tuple(arch for arch in archs if not quick or arch in static_memory.QUICK)
     # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
