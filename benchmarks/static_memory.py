@@ -73,7 +73,7 @@ def _rows() -> dict[str, Kernel]:
             patches.take_rows, take, flags, 4, strides, wide=True, quick=quick
         )
     return found | {
-        "put_rows": Kernel(patches.put_rows, put, work, 4, strides, wide=True),
+        "put_rows": Kernel(patches.put_rows, put, work, 8, strides, wide=True),
         "sum_rows": Kernel(patches.sum_rows, put, {**work, "ROWS": height // 2}, 4, strides),
         "sum_fill": Kernel(patches.sum_fill, {**ids, "dout_ptr": "rows"}, {"TILES": 16, **work}, 4, strides),
         "places": Kernel(

@@ -4,36 +4,26 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "bind.h"
 #include "cpu/ema.h"
 #include "cpu/isa.h"
-#include "cpu/masked_patch_mse.h"
 #include "cpu/pair_rows.h"
 #include "cpu/parallel.h"
-#include "cpu/patch_mask.h"
-#include "cpu/patches.h"
 #include "cpu/similarity_lse.h"
 #if defined(SSLFAST_CUDA)
 #include "cuda/ema.h"
-#include "cuda/patch_mask.h"
 #endif
 
 namespace py = pybind11;
 using namespace sslfast;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // One call of the op on the CPU: what its tiles share. The tensors behind the addresses must outlive the object.
 template <class T>
@@ -161,11 +151,6 @@ void pair_rows_bwd(int64_t n, int64_t d, uintptr_t dz, uintptr_t dpositive, uint
 }
 
 // The rows of the table are addresses that the caller has checked, as for all other addresses here.
-Float float_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("no such floating dtype");
-  return static_cast<Float>(code);
-}
-
 void ema_update_cpu(uintptr_t table, int64_t count, int target, int source, double momentum, int threads) {
   if (count < 0 || threads < 1) throw std::invalid_argument("sizes must be positive");
   SSLFAST_CHOOSE(active_isa(),
@@ -178,142 +163,6 @@ void ema_update_on_gpu(uintptr_t table, int64_t count, int target, int source, d
   const char* error = ema_update_cuda(at<Segment>(table), count, float_of(target), float_of(source), momentum,
                                       at<void>(momentum_at), momentum_is_f32, at<void>(stream));
   if (error) throw std::runtime_error(std::string("ema_update_: ") + error);
-}
-#endif
-
-using Strides = std::array<int64_t, 4>;
-using Address = std::tuple<uintptr_t, int64_t, int64_t>;  // of rows: with strides of batch and row
-
-void served(bool done, const char* op) {
-  if (!done) throw std::runtime_error(std::string(op) + ": no kernel for these dtypes, or no memory left");
-}
-
-template <class... Sizes>
-void not_negative(Sizes... sizes) {
-  if (((sizes < 0) || ...)) throw std::invalid_argument("sizes must be positive");
-}
-
-Rows rows_at(const Address& address) {
-  return {at<void>(std::get<0>(address)), std::get<1>(address), std::get<2>(address)};
-}
-
-RandomPatchMask random_mask_of(int64_t batch, int64_t length, int64_t keep, uintptr_t noise, uintptr_t ids_keep,
-                               uintptr_t ids_restore, uintptr_t mask, int threads) {
-  not_negative(batch, length, keep, length - keep, threads - 1, (int64_t{1} << 31) - 1 - length);
-  return {batch,           length, keep, at<void>(noise), at<int64_t>(ids_keep), at<int64_t>(ids_restore),
-          at<float>(mask), threads};
-}
-
-void random_patch_mask_cpu(int64_t batch, int64_t length, int64_t keep, uintptr_t noise, bool is_double,
-                           uintptr_t ids_keep, uintptr_t ids_restore, uintptr_t mask, int threads) {
-  const RandomPatchMask p = random_mask_of(batch, length, keep, noise, ids_keep, ids_restore, mask, threads);
-  served(SSLFAST_CHOOSE(active_isa(), random_patch_mask(p, is_double)), "random_patch_mask");
-}
-
-BlockPatchMask block_mask_of(int64_t batch, int64_t tries, const std::array<int64_t, 4>& sizes, double least,
-                             double most, uintptr_t draws, uintptr_t noise, uintptr_t counts, uintptr_t mask,
-                             int threads) {
-  const auto [height, width, least_area, most_area] = sizes;
-  not_negative(batch, tries - 1, height - 1, width - 1, threads - 1, (int64_t{1} << 20) - height * width);
-  return {batch,
-          tries,
-          {height, width, least, most, least_area, most_area},
-          at<double>(draws),
-          at<float>(noise),
-          at<int64_t>(counts),
-          at<float>(mask),
-          threads};
-}
-
-void block_patch_mask_cpu(int64_t batch, int64_t tries, const std::array<int64_t, 4>& sizes, double least, double most,
-                          uintptr_t draws, uintptr_t noise, uintptr_t counts, uintptr_t mask, int threads) {
-  const BlockPatchMask p = block_mask_of(batch, tries, sizes, least, most, draws, noise, counts, mask, threads);
-  served(SSLFAST_CHOOSE(active_isa(), block_patch_mask(p)), "block_patch_mask");
-}
-
-void take_patches_cpu(const Strides& sizes, const Address& source, int source_dtype, uintptr_t ids, uintptr_t fill,
-                      uintptr_t pos, bool own, uintptr_t out, int out_dtype, int threads) {
-  const auto [batch, rows, count, dim] = sizes;
-  not_negative(batch, rows, count, dim, threads - 1);
-  const Take p{batch,          rows,          count, dim,           rows_at(source), at<int64_t>(ids),
-               at<void>(fill), at<void>(pos), own,   at<void>(out), threads};
-  served(SSLFAST_CHOOSE(active_isa(), take_patches(p, float_of(source_dtype), float_of(out_dtype))), "take_patches");
-}
-
-void put_patches_cpu(const Strides& sizes, const Address& dout, int dout_dtype, uintptr_t ids, uintptr_t dsource,
-                     int dsource_dtype, uintptr_t dpos, uintptr_t dfill, int threads) {
-  const auto [batch, rows, count, dim] = sizes;
-  not_negative(batch, rows, count, dim, threads - 1, (int64_t{1} << 31) - 1 - count);
-  const Put p{
-      batch,  rows, count, dim, rows_at(dout), at<int64_t>(ids), at<void>(dsource), at<double>(dpos), at<double>(dfill),
-      threads};
-  served(SSLFAST_CHOOSE(active_isa(), put_patches(p, float_of(dout_dtype), float_of(dsource_dtype))), "put_patches");
-}
-
-// sizes: batch, channels, height, width, patch, count
-void cut_patches_cpu(const std::array<int64_t, 6>& sizes, uintptr_t images, const Strides& strides, int images_dtype,
-                     uintptr_t ids, uintptr_t cols, int cols_dtype, int threads) {
-  const auto [batch, channels, height, width, patch, count] = sizes;
-  not_negative(batch, channels, height, width, patch - 1, count, threads - 1);
-  Cut p{batch, channels, height, width, patch, count, at<void>(images), {}, at<int64_t>(ids), at<void>(cols), threads};
-  std::copy(strides.begin(), strides.end(), p.strides);
-  served(SSLFAST_CHOOSE(active_isa(), cut_patches(p, float_of(images_dtype), float_of(cols_dtype))), "cut_patches");
-}
-
-// sizes: batch, channels, height, width, patch; images_dtype -1: uint8. scale and shift per channel.
-double masked_patch_mse_cpu(const std::array<int64_t, 5>& sizes, uintptr_t images, const Strides& strides,
-                            int images_dtype, const std::vector<double>& scale, const std::vector<double>& shift,
-                            const Address& pred, int pred_dtype, uintptr_t weight, bool norm_pix, bool absolute,
-                            uintptr_t dpred, double upstream, int threads) {
-  const auto [batch, channels, height, width, patch] = sizes;
-  not_negative(batch, channels, height, width, patch - 1, threads - 1);
-  if (static_cast<int64_t>(scale.size()) != channels || static_cast<int64_t>(shift.size()) != channels) {
-    throw std::invalid_argument("scale and shift: one per channel");
-  }
-  std::vector<double> sums(static_cast<size_t>(threads) + 1);
-  const bool bytes = images_dtype < 0;
-  MaskedPatches p{batch,
-                  channels,
-                  height,
-                  width,
-                  patch,
-                  at<void>(images),
-                  {},
-                  bytes,
-                  bytes ? Float::f32 : float_of(images_dtype),
-                  scale.data(),
-                  shift.data(),
-                  at<void>(std::get<0>(pred)),
-                  std::get<1>(pred),
-                  std::get<2>(pred),
-                  at<void>(weight),
-                  norm_pix,
-                  absolute,
-                  at<void>(dpred),
-                  upstream,
-                  sums.data(),
-                  threads};
-  std::copy(strides.begin(), strides.end(), p.strides);
-  py::gil_scoped_release unlocked;
-  return SSLFAST_CHOOSE(active_isa(), masked_patch_mse(p, float_of(pred_dtype)));
-}
-
-#if defined(SSLFAST_CUDA)
-void random_patch_mask_on_gpu(int64_t batch, int64_t length, int64_t keep, uintptr_t given, bool is_order,
-                              uintptr_t ids_keep, uintptr_t ids_restore, uintptr_t mask, uintptr_t stream) {
-  const RandomPatchMask p = random_mask_of(batch, length, keep, given, ids_keep, ids_restore, mask, 1);
-  const char* error = random_patch_mask_cuda(p.batch, p.length, p.keep, p.noise, is_order, p.ids_keep, p.ids_restore,
-                                             p.mask, at<void>(stream));
-  if (error) throw std::runtime_error(std::string("random_patch_mask: ") + error);
-}
-
-void block_patch_mask_on_gpu(int64_t batch, int64_t tries, const std::array<int64_t, 4>& sizes, double least,
-                             double most, uintptr_t draws, uintptr_t noise, uintptr_t counts, uintptr_t mask,
-                             uintptr_t stream) {
-  const BlockPatchMask p = block_mask_of(batch, tries, sizes, least, most, draws, noise, counts, mask, 1);
-  const char* error =
-      block_patch_mask_cuda(p.batch, p.tries, p.rule, p.draws, p.noise, p.counts, p.mask, at<void>(stream));
-  if (error) throw std::runtime_error(std::string("block_patch_mask: ") + error);
 }
 #endif
 
@@ -421,17 +270,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe", &describe);
   m.def("matches", &matches);
   m.def("ema_update", &ema_update_cpu, unlocked);
-  m.def("random_patch_mask", &random_patch_mask_cpu, unlocked);
-  m.def("block_patch_mask", &block_patch_mask_cpu, unlocked);
-  m.def("take_patches", &take_patches_cpu, unlocked);
-  m.def("put_patches", &put_patches_cpu, unlocked);
-  m.def("cut_patches", &cut_patches_cpu, unlocked);
-  m.def("masked_patch_mse", &masked_patch_mse_cpu);
 #if defined(SSLFAST_CUDA)
   m.def("ema_update_cuda", &ema_update_on_gpu, unlocked);
-  m.def("random_patch_mask_cuda", &random_patch_mask_on_gpu, unlocked);
-  m.def("block_patch_mask_cuda", &block_patch_mask_on_gpu, unlocked);
 #endif
+  bind_patches(m);
+  bind_soft_cross_entropy(m);
   bind_similarity_lse<float>(m, "SimilarityLseF32");
   bind_similarity_lse<double>(m, "SimilarityLseF64");
 }

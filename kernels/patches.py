@@ -280,7 +280,7 @@ def put(
     if need_source and rows:
         grid = (batch, triton.cdiv(rows, height), columns)
         put_rows[grid](
-            dout, table, dsource, *strides, rows, count, dim, _work(dout.dtype), *tile, num_warps=4
+            dout, table, dsource, *strides, rows, count, dim, _work(dout.dtype), *tile, num_warps=8
         )
     if need_pos and rows:
         span = max(8, triton.cdiv(batch, 32))

@@ -32,6 +32,8 @@ PATCH_TILE, PATCH_BLOCK = 2048, 256
 PATCH_PIXELS = 4096
 # Ids that a program looks for at a time, and among how many: a larger square takes many registers.
 PLACES = 32
+# Numbers of targets that a program of soft_cross_entropy keeps in registers, with 8 warps: 32 per thread.
+TARGET_TILE = 8192
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN

@@ -26,6 +26,7 @@ from sslfast.ops import (
     random_patch_mask,
     restore_patches,
     similarity_lse,
+    soft_cross_entropy,
     use_backend,
 )
 from sslfast.teacher import EMATeacher, cosine_momentum
@@ -56,5 +57,6 @@ __all__ = [
     "random_patch_mask",
     "restore_patches",
     "similarity_lse",
+    "soft_cross_entropy",
     "use_backend",
 ]

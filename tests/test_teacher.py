@@ -117,6 +117,10 @@ def test_distributed_data_parallel(tmp_path):
             teacher.update(student)
             assert_same(state(teacher.model), state(student.module))
     finally:
+        # Were the wrapper the last to hold the group, it would wait for the group's threads with the lock of
+        # the interpreter in its hands, which they may want.
+        del student, teacher
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse, patc
 from sslfast.ops.patch_mask import PatchMask, random_patch_mask
 from sslfast.ops.patches import gather_patches, restore_patches
 from sslfast.ops.similarity_lse import similarity_lse
+from sslfast.ops.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "PatchMask",
@@ -22,6 +23,7 @@ __all__ = [
     "random_patch_mask",
     "restore_patches",
     "similarity_lse",
+    "soft_cross_entropy",
     "unpatchify",
     "use_backend",
 ]

@@ -23,6 +23,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "restore_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
     "embed_visible_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
     "masked_patch_mse": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "soft_cross_entropy": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 # `Float` in csrc/floats.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.testing import _ema, _patch_mask, _patches, _similarity_lse
+from sslfast.testing import _ema, _patch_mask, _patches, _similarity_lse, _soft_cross_entropy
 from sslfast.testing._op import Inputs, Op
 from sslfast.testing._similarity_lse import SimilarityLseCase, similarity_lse_reference
 
@@ -54,6 +54,7 @@ CASES: dict[str, list[Any]] = {
     "restore_patches": _patches.RESTORE_CASES,
     "embed_visible_patches": _patches.EMBED_CASES,
     "masked_patch_mse": _patches.MSE_CASES,
+    "soft_cross_entropy": _soft_cross_entropy.CASES,
 }
 OPS: dict[str, Op] = {
     "similarity_lse": _similarity_lse.OP,
@@ -64,6 +65,7 @@ OPS: dict[str, Op] = {
     "restore_patches": _patches.RESTORE_OP,
     "embed_visible_patches": _patches.EMBED_OP,
     "masked_patch_mse": _patches.MSE_OP,
+    "soft_cross_entropy": _soft_cross_entropy.OP,
 }
 
 

@@ -1,0 +1,244 @@
+// Compiled once per instruction set (SSLFAST_ISA names it); see similarity_lse.cpp for what that forbids.
+#include "soft_cross_entropy.h"
+
+#include <cmath>
+
+#include "exp2.h"
+#include "parallel.h"
+
+namespace sslfast {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr int64_t kBlock = 2048;  // classes whose terms add up in the working dtype; blocks add up in double
+
+// Of a row x - center: the value from which all others fall, in the direction of `rate` (2 to the power of
+// rate * value is its weight), and log2 sum_k 2^(rate (value_k - top)).
+template <class W>
+struct State {
+  W top, log2_sum;
+};
+
+template <class T, class W>
+inline W value(const T* x, const W* center, int64_t k) {
+  const W v = static_cast<W>(widen(x[k]));
+  return center ? v - center[k] : v;
+}
+
+template <class T, class W>
+W top_of(const T* __restrict x, const W* __restrict center, bool least, int64_t n) {
+  W top = value(x, center, 0);
+  if (least) {
+#pragma omp simd reduction(min : top)
+    for (int64_t k = 0; k < n; ++k) {
+      const W v = value(x, center, k);
+      top = v < top ? v : top;
+    }
+  } else {
+#pragma omp simd reduction(max : top)
+    for (int64_t k = 0; k < n; ++k) {
+      const W v = value(x, center, k);
+      top = v > top ? v : top;
+    }
+  }
+  return top;
+}
+
+template <class T, class W>
+State<W> state_of(const T* __restrict x, const W* __restrict center, W rate, int64_t n) {
+  const W top = top_of(x, center, rate < 0, n);
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    W part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t k = begin; k < end; ++k) part += exp2_any((value(x, center, k) - top) * rate);
+    sum += static_cast<double>(part);
+  }
+  return {top, static_cast<W>(std::log2(sum))};
+}
+
+// State and terms of one row against Q: `weighted` = sum_k Q_k (top - x_k) rate, none of whose terms is negative.
+template <class T, class W>
+struct Row {
+  State<W> state;
+  double mass, weighted;
+
+  Row(const T* __restrict x, const W* __restrict q, W rate, int64_t n) : mass(0), weighted(0) {
+    const W top = top_of<T, W>(x, nullptr, rate < 0, n);
+    double sum = 0;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+      W part = 0, inner = 0, total = 0;
+#pragma omp simd reduction(+ : part, inner, total)
+      for (int64_t k = begin; k < end; ++k) {
+        const W power = (static_cast<W>(widen(x[k])) - top) * rate;
+        part += exp2_any(power);
+        inner += q[k] * power;
+        total += q[k];
+      }
+      sum += static_cast<double>(part), weighted -= static_cast<double>(inner), mass += static_cast<double>(total);
+    }
+    state = {top, static_cast<W>(std::log2(sum))};
+  }
+
+  double loss() const { return kLn2 * (mass * static_cast<double>(state.log2_sum) + weighted); }
+};
+
+// The sums of targets of one image, which its views share.
+template <class U, class W>
+class Targets {
+ public:
+  Targets(const SoftCrossEntropy& p, int part)
+      : p_(p), room_(static_cast<W*>(p.room) + part * (p.targets + 1) * p.classes) {}
+
+  // Q of view v of image b; valid until the next call.
+  const W* of(int64_t v, int64_t b) {
+    if (b != image_) load(b), image_ = b;
+    const bool own = p_.skip && v < p_.targets;
+    if (p_.targets - own == 1) return row(own ? 1 - v : 0);
+    if (own || !has_all_) sum(own ? v : -1), has_all_ = !own;
+    return row(p_.targets);
+  }
+
+ private:
+  W* row(int64_t t) const { return room_ + t * p_.classes; }
+
+  void load(int64_t b) {
+    const auto rate = static_cast<W>(p_.target_scale * kLog2e);
+    const W* const center = static_cast<const W*>(p_.center);
+    for (int64_t t = 0; t < p_.targets; ++t) {
+      const U* __restrict x = static_cast<const U*>(p_.target) + t * p_.target_strides[0] + b * p_.target_strides[1];
+      W* __restrict q = row(t);
+      if (p_.softmax) {
+        const State<W> s = static_cast<const State<W>*>(p_.target_state)[t * p_.batch + b];
+#pragma omp simd
+        for (int64_t k = 0; k < p_.classes; ++k) q[k] = exp2_any((value(x, center, k) - s.top) * rate - s.log2_sum);
+      } else {
+#pragma omp simd
+        for (int64_t k = 0; k < p_.classes; ++k) q[k] = static_cast<W>(widen(x[k]));
+      }
+    }
+    has_all_ = false;
+  }
+
+  void sum(int64_t without) {
+    W* __restrict to = row(p_.targets);
+    for (int64_t k = 0; k < p_.classes; ++k) to[k] = 0;
+    for (int64_t t = 0; t < p_.targets; ++t) {
+      if (t == without) continue;
+      const W* __restrict q = row(t);
+#pragma omp simd
+      for (int64_t k = 0; k < p_.classes; ++k) to[k] += q[k];
+    }
+  }
+
+  const SoftCrossEntropy& p_;
+  W* const room_;
+  int64_t image_ = -1;
+  bool has_all_ = false;
+};
+
+// Images in turn, the views of each one after the other: f(part, v, b).
+template <class F>
+void each_row(const SoftCrossEntropy& p, int64_t views, const F& f) {
+  const int64_t rows = views * p.batch;
+  parallel_rows(rows, parts_for(rows, rows * p.classes, p.threads),
+                [&](int part, int64_t begin, int64_t end) { f(part, begin, end); });
+}
+
+template <class T, class U, class W>
+void forward(const SoftCrossEntropy& p, void* loss) {
+  if (p.softmax) {
+    const auto rate = static_cast<W>(p.target_scale * kLog2e);
+    each_row(p, p.targets, [&](int, int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t b = at / p.targets, t = at % p.targets;
+        const U* const x = static_cast<const U*>(p.target) + t * p.target_strides[0] + b * p.target_strides[1];
+        static_cast<State<W>*>(p.target_state)[t * p.batch + b] =
+            state_of(x, static_cast<const W*>(p.center), rate, p.classes);
+      }
+    });
+  }
+  const auto rate = static_cast<W>(p.scale * kLog2e);
+  each_row(p, p.views, [&](int part, int64_t begin, int64_t end) {
+    Targets<U, W> targets(p, part);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.views, v = at % p.views;
+      const T* const x = static_cast<const T*>(p.logits) + v * p.logits_strides[0] + b * p.logits_strides[1];
+      const Row<T, W> row(x, targets.of(v, b), rate, p.classes);
+      static_cast<State<W>*>(p.state)[v * p.batch + b] = row.state;
+      static_cast<W*>(p.mass)[v * p.batch + b] = static_cast<W>(row.mass);
+      static_cast<W*>(loss)[v * p.batch + b] = static_cast<W>(row.loss());
+    }
+  });
+}
+
+template <class T, class U, class W>
+void backward(const SoftCrossEntropy& p, const W* upstream, T* dlogits, const int64_t* strides) {
+  const auto rate = static_cast<W>(p.scale * kLog2e);
+  each_row(p, p.views, [&](int part, int64_t begin, int64_t end) {
+    Targets<U, W> targets(p, part);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.views, v = at % p.views;
+      const T* const x = static_cast<const T*>(p.logits) + v * p.logits_strides[0] + b * p.logits_strides[1];
+      T* const dx = dlogits + v * strides[0] + b * strides[1];
+      const W* const q = targets.of(v, b);
+      const State<W> s = static_cast<const State<W>*>(p.state)[v * p.batch + b];
+      const W mass = static_cast<const W*>(p.mass)[v * p.batch + b];
+      const W gain = upstream[v * p.batch + b] * static_cast<W>(p.scale);
+#pragma omp simd
+      for (int64_t k = 0; k < p.classes; ++k) {
+        const W share = exp2_any((static_cast<W>(widen(x[k])) - s.top) * rate - s.log2_sum);
+        dx[k] = Narrow<T>::from(gain * (mass * share - q[k]));
+      }
+    }
+  });
+}
+
+// f(a number of the logits' type, one of the targets', one of the working type)
+template <class F>
+void for_dtypes(const SoftCrossEntropy& p, const F& f) {
+  const auto with = [&](auto logits, auto work) {
+    switch (p.target_dtype) {
+      case Float::f32:
+        return f(logits, float{}, work);
+      case Float::bf16:
+        return f(logits, Bf16{}, work);
+      case Float::f16:
+        return f(logits, F16{}, work);
+      case Float::f64:
+        return f(logits, double{}, work);
+    }
+  };
+  switch (p.logits_dtype) {
+    case Float::f32:
+      return with(float{}, float{});
+    case Float::bf16:
+      return with(Bf16{}, float{});
+    case Float::f16:
+      return with(F16{}, float{});
+    case Float::f64:
+      return with(double{}, double{});
+  }
+}
+
+}  // namespace
+
+namespace SSLFAST_ISA {
+
+void soft_cross_entropy(const SoftCrossEntropy& p, void* loss) {
+  for_dtypes(p, [&](auto t, auto u, auto w) { forward<decltype(t), decltype(u), decltype(w)>(p, loss); });
+}
+
+void soft_cross_entropy_backward(const SoftCrossEntropy& p, const void* upstream, void* dlogits,
+                                 const int64_t strides[2]) {
+  for_dtypes(p, [&](auto t, auto u, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    backward<T, decltype(u), W>(p, static_cast<const W*>(upstream), static_cast<T*>(dlogits), strides);
+  });
+}
+
+}  // namespace SSLFAST_ISA
+}  // namespace sslfast
