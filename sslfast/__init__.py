@@ -3,16 +3,21 @@
 from sslfast._version import __version__
 from sslfast.losses import (
     BYOLLoss,
+    DINOLoss,
+    IBOTLoss,
     InfoNCELoss,
     KeyQueue,
     MAELoss,
     MoCoLoss,
     NTXentLoss,
     byol_loss,
+    dino_loss,
+    ibot_loss,
     info_nce_loss,
     mae_loss,
     moco_loss,
     ntxent_loss,
+    update_center_,
 )
 from sslfast.ops import (
     PatchMask,
@@ -33,7 +38,9 @@ from sslfast.teacher import EMATeacher, cosine_momentum
 
 __all__ = [
     "BYOLLoss",
+    "DINOLoss",
     "EMATeacher",
+    "IBOTLoss",
     "InfoNCELoss",
     "KeyQueue",
     "MAELoss",
@@ -45,9 +52,11 @@ __all__ = [
     "block_patch_mask",
     "byol_loss",
     "cosine_momentum",
+    "dino_loss",
     "ema_update_",
     "embed_visible_patches",
     "gather_patches",
+    "ibot_loss",
     "info_nce_loss",
     "mae_loss",
     "masked_patch_l1",
@@ -58,5 +67,6 @@ __all__ = [
     "restore_patches",
     "similarity_lse",
     "soft_cross_entropy",
+    "update_center_",
     "use_backend",
 ]

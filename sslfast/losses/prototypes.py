@@ -1,0 +1,237 @@
+"""Losses between distributions over prototypes (DINO, iBOT), on `soft_cross_entropy`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sslfast.ops._check import FLOATS, check_integer, check_temperature, check_tensor, number
+from sslfast.ops.soft_cross_entropy import soft_cross_entropy, view_cross_entropy
+
+Views = Tensor | Sequence[Tensor]
+
+
+def dino_loss(
+    student_logits: Views,
+    teacher_logits: Views,
+    center: Tensor,
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """DINO's loss (Caron et al. 2021): each view of the student against the teacher's other views.
+
+    The mean over all pairs (t, v) of different views, and over images, of
+    -sum_k softmax((teacher_t - center) / teacher_temp)_k log softmax(student_v / student_temp)_k.
+
+    Args:
+        student_logits: [S, B, K], or S tensors [B, K], which are copied into one. The first T views are the
+            teacher's.
+        teacher_logits: [T, B, K], or T tensors [B, K]. They carry no gradient.
+        center: [K]; copied, so that `update_center_` may be called before the backward pass.
+        student_temp, teacher_temp: numbers other than 0.
+        inplace_backward: the backward pass writes the gradient over the student's logits; see
+            `soft_cross_entropy`.
+
+    Returns:
+        0-d float32 (float64 for float64 logits). Differentiable in student_logits, once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, or views of which
+            no two differ; the message names it.
+    """
+    student, teacher = _stacked("student_logits", student_logits), _stacked("teacher_logits", teacher_logits)
+    views, batch, classes = student.shape
+    check_tensor("teacher_logits", teacher, FLOATS, (None, batch, classes), student)
+    pairs = views * len(teacher) - min(views, len(teacher))
+    if not pairs:
+        raise ValueError(
+            f"student_logits: expected two views that differ, got {views} of the student and {len(teacher)} "
+            "of the teacher"
+        )
+    if isinstance(center, Tensor) and center.numel() == classes:
+        center = center.flatten()
+    check_tensor("center", center, FLOATS, (classes,), student)
+    scales = [
+        _inverse(name, x) for name, x in (("student_temp", student_temp), ("teacher_temp", teacher_temp))
+    ]
+    if inplace_backward and student.requires_grad and student.is_leaf:
+        raise ValueError("inplace_backward: expected computed logits, got a leaf, which would be lost")
+    losses = view_cross_entropy(
+        student,
+        teacher,
+        scales[0],
+        center=center.detach().clone(),
+        target_scale=scales[1],
+        skip=True,
+        in_place=inplace_backward,
+    )
+    return losses.sum() / (pairs * batch)
+
+
+def _stacked(name: str, views: Views) -> Tensor:
+    if not isinstance(views, Tensor):
+        if not isinstance(views, Sequence) or not views:
+            raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(views).__name__}")
+        for i, view in enumerate(views):
+            check_tensor(f"{name}[{i}]", view, FLOATS, (None, None))
+            check_tensor(f"{name}[{i}]", view, (views[0].dtype,), tuple(views[0].shape), views[0])
+        views = torch.stack(list(views))
+    check_tensor(name, views, FLOATS, (None, None, None))
+    if not views.shape[2]:
+        raise ValueError(f"{name}: expected at least one class, got shape {list(views.shape)}")
+    return views
+
+
+def _inverse(name: str, temperature: float) -> float:
+    check_temperature(name, number(name, temperature))
+    return 1.0 / temperature
+
+
+@torch.no_grad()
+def update_center_(
+    center: Tensor,
+    teacher_logits: Tensor,
+    momentum: float = 0.9,
+    *,
+    group: distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Moves DINO's centre towards the mean of the teacher's logits, in place, and returns it.
+
+    center <- momentum center + (1 - momentum) mean, over the rows of all processes where torch.distributed
+    runs. To be called after the loss has used the centre.
+
+    Args:
+        center: [K], or of K numbers with dimensions of 1 before them.
+        teacher_logits: [..., K], the last views of all images.
+        momentum: in [0, 1].
+        group: processes to average over; None: all.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
+    """
+    if not isinstance(teacher_logits, Tensor) or teacher_logits.dim() < 1:
+        raise TypeError("teacher_logits: expected a tensor [..., K]")
+    check_tensor(
+        "center", center, FLOATS, (*(1,) * (center.dim() - 1), teacher_logits.shape[-1]), teacher_logits
+    )
+    if not 0 <= number("momentum", momentum) <= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
+    work = torch.promote_types(center.dtype, torch.float32)
+    rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    mean = rows.sum(0, dtype=work)
+    count: Tensor = mean.new_full((1,), len(rows))
+    if distributed.is_available() and distributed.is_initialized():
+        both = torch.cat([mean, count])
+        distributed.all_reduce(both, group=group)
+        mean, count = both[:-1], both[-1:]
+    mean = mean / count
+    return center.copy_(momentum * center.to(work) + (1 - momentum) * mean)
+
+
+class DINOLoss(nn.Module):
+    """`dino_loss` with its centre: loss(student_logits, teacher_logits, teacher_temp=None).
+
+    In training mode the centre follows the teacher's logits after each loss, over all processes.
+
+    Args:
+        num_prototypes: K.
+        student_temp, teacher_temp: a teacher_temp of the call comes first.
+        center_momentum: of `update_center_`.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        student_temp: float = 0.1,
+        teacher_temp: float = 0.04,
+        center_momentum: float = 0.9,
+        *,
+        inplace_backward: bool = False,
+        group: distributed.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("num_prototypes", num_prototypes, 1)
+        self.student_temp, self.teacher_temp = student_temp, teacher_temp
+        self.center_momentum, self.inplace_backward, self.group = center_momentum, inplace_backward, group
+        self.register_buffer("center", torch.zeros(num_prototypes))
+
+    def forward(
+        self, student_logits: Views, teacher_logits: Views, teacher_temp: float | None = None
+    ) -> Tensor:
+        teacher = _stacked("teacher_logits", teacher_logits).detach()
+        loss = dino_loss(
+            student_logits,
+            teacher,
+            self.center,
+            self.student_temp,
+            self.teacher_temp if teacher_temp is None else teacher_temp,
+            inplace_backward=self.inplace_backward,
+        )
+        if self.training:
+            update_center_(self.center, teacher, self.center_momentum, group=self.group)
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_prototypes={len(self.center)}, student_temp={self.student_temp}, "
+            f"teacher_temp={self.teacher_temp}, center_momentum={self.center_momentum}"
+        )
+
+
+def ibot_loss(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    weights: Tensor,
+    num_images: int,
+    student_temp: float = 0.1,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """iBOT's loss on masked patches (Zhou et al. 2022), as DINOv2 weights it.
+
+    sum_r weights_r CE(teacher_probs_r, softmax(student_r / student_temp)) / num_images
+
+    Args:
+        student_logits: [R, K], rows of masked patches only.
+        teacher_probs: [R, K]. They carry no gradient.
+        weights: [R], 1 / masked patches of that row's image; 0 for rows that only fill up.
+        num_images: images of the batch, those without a masked patch too.
+        student_temp: a number other than 0.
+        inplace_backward: see `soft_cross_entropy`.
+
+    Returns:
+        0-d float32 (float64 for float64 logits). Differentiable in student_logits, once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
+    """
+    check_tensor("student_logits", student_logits, FLOATS, (None, None))
+    check_tensor("teacher_probs", teacher_probs, FLOATS, tuple(student_logits.shape), student_logits)
+    check_tensor("weights", weights, FLOATS, (len(student_logits),), student_logits)
+    check_integer("num_images", num_images, 1)
+    scale = _inverse("student_temp", student_temp)
+    losses = soft_cross_entropy(student_logits, teacher_probs, scale=scale, inplace_backward=inplace_backward)
+    return (losses * weights.detach().to(losses.dtype)).sum() / num_images
+
+
+class IBOTLoss(nn.Module):
+    """`ibot_loss` as a module: loss(student_logits, teacher_probs, weights, num_images)."""
+
+    def __init__(self, student_temp: float = 0.1, *, inplace_backward: bool = False) -> None:
+        super().__init__()
+        self.student_temp, self.inplace_backward = student_temp, inplace_backward
+
+    def forward(
+        self, student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, num_images: int
+    ) -> Tensor:
+        return ibot_loss(
+            student_logits, teacher_probs, weights, num_images, self.student_temp,
+            inplace_backward=self.inplace_backward,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"student_temp={self.student_temp}"
