@@ -8,7 +8,7 @@ from pathlib import Path
 import sass
 import triton
 import triton.language as tl
-from sslfast.kernels import ema, masked_patch_mse, patch_mask, patches, tuning
+from sslfast.kernels import ema, masked_patch_mse, patch_mask, patches, soft_cross_entropy, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -107,10 +107,28 @@ def _errors() -> dict[str, Kernel]:
     return found
 
 
+def _views() -> dict[str, Kernel]:
+    """DINO's: ten views of 65,536 prototypes against two of the teacher."""
+    count, block, warps = soft_cross_entropy._block(2, 65_536)
+    floats = dict.fromkeys(("scale", "rate", "sign", "target_rate", "target_sign"), "fp32")
+    types = {"logits_ptr": "rows", "dlogits_ptr": "rows", "target_ptr": "source", **floats}
+    sides = [f"{side}{of}_stride" for side in ("", "target_", "out_") for of in ("view", "batch")]
+    strides, flags = (*sides, "classes"), {"CENTER": True, "SOFTMAX": True, "T": count}
+    tiles = {**flags, "BLOCK": block}
+    merged = {"SOFTMAX": True, "SKIP": True, "T": count, "J": 65_536 // block}
+    k = soft_cross_entropy
+    return {
+        "views: forward": Kernel(k.forward, types, tiles, warps, strides),
+        "views: merge": Kernel(k.merge, types, merged, 1, pairs=(("fp32", "fp32"),)),
+        "views: backward": Kernel(k.backward, types, {**tiles, "SKIP": True}, warps, strides, wide=True),
+    }
+
+
 KERNELS = {
     **_masks(),
     **_rows(),
     **_errors(),
+    **_views(),
     "ema_update": Kernel(
         ema.ema_update, {"table_ptr": "i64", "momentum_ptr": "fp64", "momentum_bits": "i64"},
         {"ON_DEVICE": True, "BLOCK": tuning.EMA_BLOCK}, wide=True, quick=tuple(WARPS_SM),

@@ -129,8 +129,8 @@ def backward(
         top, log2_sum = tl.load(at, t < targets, 0.0), tl.load(at + 1, t < targets, 0.0)
         q = tl.exp2((q - top[:, None]) * target_rate - log2_sum[:, None])
     for v in range(views):
-        at = (image * 0 + v) * view_stride + image * batch_stride + k
-        x = tl.load(logits_ptr + at, k < classes, 0.0).to(tl.float32)
+        place = (image * 0 + v) * view_stride + image * batch_stride + k
+        x = tl.load(logits_ptr + place, k < classes, 0.0).to(tl.float32)
         row = (image * 0 + v) * batch + image
         top_v, log2_v = tl.load(state_ptr + 2 * row), tl.load(state_ptr + 2 * row + 1)
         gain = tl.load(upstream_ptr + row) * scale

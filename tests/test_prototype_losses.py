@@ -82,6 +82,13 @@ def test_update_center_takes_any_leading_dimensions_and_16_bits():
     expected = 0.9 * center + 0.1 * logits.double().mean((0, 1))
     assert update_center_(center, logits) is center
     torch.testing.assert_close(center, expected.float(), rtol=1e-5, atol=1e-5)
+    before = center.clone()
+    assert torch.equal(update_center_(center, logits[:0]), before)  # no row, no mean
+    for wrong in (torch.randn(6), torch.randn(7, 1), None):
+        with pytest.raises((TypeError, ValueError), match="^center: "):
+            update_center_(wrong, logits)
+    with pytest.raises(ValueError, match="^momentum: "):
+        update_center_(center, logits, 1.5)
 
 
 def test_the_gradient_may_take_the_place_of_the_logits():
@@ -112,6 +119,7 @@ def test_ibot_weights_rows_and_divides_by_images():
         ("teacher_logits", {"teacher_logits": torch.randn(2, 4, 51)}, ValueError),
         ("teacher_logits", {"teacher_logits": torch.randn(2, 5, 50)}, ValueError),
         ("center", {"center": torch.randn(49)}, ValueError),
+        ("center", {"center": torch.randn(5, 10)}, ValueError),
         ("student_temp", {"student_temp": 0.0}, ValueError),
         ("teacher_temp", {"teacher_temp": float("nan")}, ValueError),
     ],

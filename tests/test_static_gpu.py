@@ -65,11 +65,12 @@ def test_kernels_that_move_memory_do_so_16_bytes_at_a_time(results):
         assert k["warps"] == k["most"] or not (fp32 and k["job"]["arch"] == 90)
 
 
-def test_no_kernel_of_the_patches_spills(results):
+def test_no_kernel_of_patches_and_views_spills(results):
     """Masks, rows and errors: most on three architectures, slow and similar ones on one."""
     kernels = [k for k in results["memory_kernels"] if k["job"]["name"] != "ema_update"]
     names = {k["job"]["name"].split(":")[0] for k in kernels}
     assert names >= {"random_mask 256", "block_mask", "take_rows", "sum_fill", "places", "cut_rows", "scale"}
+    assert "views" in names
     assert {k["job"]["arch"] for k in kernels} == {80, 90, 100}
     assert {k["job"]["source"] for k in kernels if "patch_error" in k["job"]["name"]} == {"fp32", "u8"}
     for k in kernels:

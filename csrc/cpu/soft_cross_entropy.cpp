@@ -139,59 +139,59 @@ class Targets {
   bool has_all_ = false;
 };
 
-// Images in turn, the views of each one after the other: f(part, v, b).
-template <class F>
-void each_row(const SoftCrossEntropy& p, int64_t views, const F& f) {
-  const int64_t rows = views * p.batch;
-  parallel_rows(rows, parts_for(rows, rows * p.classes, p.threads),
-                [&](int part, int64_t begin, int64_t end) { f(part, begin, end); });
-}
-
-template <class T, class U, class W>
-void forward(const SoftCrossEntropy& p, void* loss) {
-  if (p.softmax) {
-    const auto rate = static_cast<W>(p.target_scale * kLog2e);
-    each_row(p, p.targets, [&](int, int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t b = at / p.targets, t = at % p.targets;
-        const U* const x = static_cast<const U*>(p.target) + t * p.target_strides[0] + b * p.target_strides[1];
-        static_cast<State<W>*>(p.target_state)[t * p.batch + b] =
-            state_of(x, static_cast<const W*>(p.center), rate, p.classes);
-      }
-    });
-  }
-  const auto rate = static_cast<W>(p.scale * kLog2e);
-  each_row(p, p.views, [&](int part, int64_t begin, int64_t end) {
+// f(v, b, logits, Q) for each row of logits.
+template <class T, class U, class W, class F>
+void each_view(const SoftCrossEntropy& p, const F& f) {
+  const int64_t rows = p.views * p.batch;
+  parallel_rows(rows, parts_for(rows, rows * p.classes, p.threads), [&](int part, int64_t begin, int64_t end) {
     Targets<U, W> targets(p, part);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / p.views, v = at % p.views;
       const T* const x = static_cast<const T*>(p.logits) + v * p.logits_strides[0] + b * p.logits_strides[1];
-      const Row<T, W> row(x, targets.of(v, b), rate, p.classes);
-      static_cast<State<W>*>(p.state)[v * p.batch + b] = row.state;
-      static_cast<W*>(p.mass)[v * p.batch + b] = static_cast<W>(row.mass);
-      static_cast<W*>(loss)[v * p.batch + b] = static_cast<W>(row.loss());
+      f(v, b, x, targets.of(v, b));
     }
+  });
+}
+
+template <class U, class W>
+void target_states(const SoftCrossEntropy& p) {
+  const auto rate = static_cast<W>(p.target_scale * kLog2e);
+  const int64_t rows = p.targets * p.batch;
+  parallel_rows(rows, parts_for(rows, rows * p.classes, p.threads), [&](int, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t t = at / p.batch, b = at % p.batch;
+      const U* const x = static_cast<const U*>(p.target) + t * p.target_strides[0] + b * p.target_strides[1];
+      static_cast<State<W>*>(p.target_state)[at] = state_of(x, static_cast<const W*>(p.center), rate, p.classes);
+    }
+  });
+}
+
+template <class T, class U, class W>
+void forward(const SoftCrossEntropy& p, void* loss) {
+  if (p.softmax) target_states<U, W>(p);
+  const auto rate = static_cast<W>(p.scale * kLog2e);
+  each_view<T, U, W>(p, [&](int64_t v, int64_t b, const T* x, const W* q) {
+    const Row<T, W> row(x, q, rate, p.classes);
+    const int64_t at = v * p.batch + b;
+    static_cast<State<W>*>(p.state)[at] = row.state;
+    static_cast<W*>(p.mass)[at] = static_cast<W>(row.mass);
+    static_cast<W*>(loss)[at] = static_cast<W>(row.loss());
   });
 }
 
 template <class T, class U, class W>
 void backward(const SoftCrossEntropy& p, const W* upstream, T* dlogits, const int64_t* strides) {
   const auto rate = static_cast<W>(p.scale * kLog2e);
-  each_row(p, p.views, [&](int part, int64_t begin, int64_t end) {
-    Targets<U, W> targets(p, part);
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t b = at / p.views, v = at % p.views;
-      const T* const x = static_cast<const T*>(p.logits) + v * p.logits_strides[0] + b * p.logits_strides[1];
-      T* const dx = dlogits + v * strides[0] + b * strides[1];
-      const W* const q = targets.of(v, b);
-      const State<W> s = static_cast<const State<W>*>(p.state)[v * p.batch + b];
-      const W mass = static_cast<const W*>(p.mass)[v * p.batch + b];
-      const W gain = upstream[v * p.batch + b] * static_cast<W>(p.scale);
+  each_view<T, U, W>(p, [&](int64_t v, int64_t b, const T* x, const W* q) {
+    const int64_t at = v * p.batch + b;
+    T* const dx = dlogits + v * strides[0] + b * strides[1];
+    const State<W> s = static_cast<const State<W>*>(p.state)[at];
+    const W mass = static_cast<const W*>(p.mass)[at];
+    const W gain = upstream[at] * static_cast<W>(p.scale);
 #pragma omp simd
-      for (int64_t k = 0; k < p.classes; ++k) {
-        const W share = exp2_any((static_cast<W>(widen(x[k])) - s.top) * rate - s.log2_sum);
-        dx[k] = Narrow<T>::from(gain * (mass * share - q[k]));
-      }
+    for (int64_t k = 0; k < p.classes; ++k) {
+      const W share = exp2_any((static_cast<W>(widen(x[k])) - s.top) * rate - s.log2_sum);
+      dx[k] = Narrow<T>::from(gain * (mass * share - q[k]));
     }
   });
 }

@@ -29,7 +29,8 @@ def dino_loss(
         student_logits: [S, B, K], or S tensors [B, K], which are copied into one. The first T views are the
             teacher's.
         teacher_logits: [T, B, K], or T tensors [B, K]. They carry no gradient.
-        center: [K]; copied, so that `update_center_` may be called before the backward pass.
+        center: [K], also behind dimensions of 1; copied, so that `update_center_` may be called before the
+            backward pass.
         student_temp, teacher_temp: numbers other than 0.
         inplace_backward: the backward pass writes the gradient over the student's logits; see
             `soft_cross_entropy`.
@@ -50,9 +51,7 @@ def dino_loss(
             f"student_logits: expected two views that differ, got {views} of the student and {len(teacher)} "
             "of the teacher"
         )
-    if isinstance(center, Tensor) and center.numel() == classes:
-        center = center.flatten()
-    check_tensor("center", center, FLOATS, (classes,), student)
+    _check_center(center, classes, student)
     scales = [
         _inverse(name, x) for name, x in (("student_temp", student_temp), ("teacher_temp", teacher_temp))
     ]
@@ -62,7 +61,7 @@ def dino_loss(
         student,
         teacher,
         scales[0],
-        center=center.detach().clone(),
+        center=center.detach().flatten().clone(),
         target_scale=scales[1],
         skip=True,
         in_place=inplace_backward,
@@ -84,6 +83,11 @@ def _stacked(name: str, views: Views) -> Tensor:
     return views
 
 
+def _check_center(center: Tensor, classes: int, like: Tensor) -> None:
+    before = center.dim() - 1 if isinstance(center, Tensor) else 0
+    check_tensor("center", center, FLOATS, (*(1,) * before, classes), like)
+
+
 def _inverse(name: str, temperature: float) -> float:
     check_temperature(name, number(name, temperature))
     return 1.0 / temperature
@@ -103,8 +107,8 @@ def update_center_(
     runs. To be called after the loss has used the centre.
 
     Args:
-        center: [K], or of K numbers with dimensions of 1 before them.
-        teacher_logits: [..., K], the last views of all images.
+        center: [K], also behind dimensions of 1.
+        teacher_logits: [..., K], of all the teacher's views; where there is no row the centre stays.
         momentum: in [0, 1].
         group: processes to average over; None: all.
 
@@ -113,9 +117,7 @@ def update_center_(
     """
     if not isinstance(teacher_logits, Tensor) or teacher_logits.dim() < 1:
         raise TypeError("teacher_logits: expected a tensor [..., K]")
-    check_tensor(
-        "center", center, FLOATS, (*(1,) * (center.dim() - 1), teacher_logits.shape[-1]), teacher_logits
-    )
+    _check_center(center, teacher_logits.shape[-1], teacher_logits)
     if not 0 <= number("momentum", momentum) <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
     work = torch.promote_types(center.dtype, torch.float32)
@@ -126,8 +128,8 @@ def update_center_(
         both = torch.cat([mean, count])
         distributed.all_reduce(both, group=group)
         mean, count = both[:-1], both[-1:]
-    mean = mean / count
-    return center.copy_(momentum * center.to(work) + (1 - momentum) * mean)
+    moved = momentum * center.to(work) + (1 - momentum) * mean / count
+    return center.copy_(torch.where(count > 0, moved, center))
 
 
 class DINOLoss(nn.Module):
