@@ -8,7 +8,7 @@ from pathlib import Path
 import sass
 import triton
 import triton.language as tl
-from sslfast.kernels import ema, masked_patch_mse, patch_mask, patches, soft_cross_entropy, tuning
+from sslfast.kernels import ema, masked_patch_mse, patch_mask, patches, sinkhorn, soft_cross_entropy, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -108,7 +108,7 @@ def _errors() -> dict[str, Kernel]:
 
 
 def _views() -> dict[str, Kernel]:
-    """DINO's: ten views of 65,536 prototypes against two of the teacher."""
+    """DINO's: ten views of 65,536 prototypes against two of the teacher; and Sinkhorn's passes over those."""
     count, block, warps = soft_cross_entropy._block(2, 65_536)
     floats = dict.fromkeys(("scale", "rate", "sign", "target_rate", "target_sign"), "fp32")
     types = {"logits_ptr": "rows", "dlogits_ptr": "rows", "target_ptr": "source", **floats}
@@ -116,11 +116,29 @@ def _views() -> dict[str, Kernel]:
     strides, flags = (*sides, "classes"), {"CENTER": True, "SOFTMAX": True, "T": count}
     tiles = {**flags, "BLOCK": block}
     merged = {"SOFTMAX": True, "SKIP": True, "T": count, "J": 65_536 // block}
-    k = soft_cross_entropy
+    ours = {**tiles, "SKIP": True, "LOSS": False}
+    plain = (("fp32", "fp32"),)
+    k, s = soft_cross_entropy, sinkhorn
+    factors, lengths, passed = (
+        {"V": True, "U": True},
+        ("stride", "classes"),
+        {"logits_ptr": "source", "rate": "fp32"},
+    )
+    rows, columns = tuning.SINKHORN_TILE
+    wide = {**factors, "BLOCK": tuning.SINKHORN_BLOCK}
+    sources = (("fp32", "fp32"), ("fp32", "bf16"))
     return {
         "views: forward": Kernel(k.forward, types, tiles, warps, strides),
-        "views: merge": Kernel(k.merge, types, merged, 1, pairs=(("fp32", "fp32"),)),
-        "views: backward": Kernel(k.backward, types, {**tiles, "SKIP": True}, warps, strides, wide=True),
+        "views: merge": Kernel(k.merge, types, merged, 1, pairs=plain),
+        "views: backward": Kernel(k.backward, types, ours, warps, strides, wide=True),
+        "views: a slice": Kernel(
+            k.backward, types, {**ours, "LOSS": True}, warps, strides, pairs=plain, quick=(90,)
+        ),
+        "sinkhorn: classes": Kernel(s.over_classes, passed, wide, 4, lengths, pairs=sources),
+        "sinkhorn: rows": Kernel(
+            s.over_rows, passed, {**factors, "ROWS": rows, "BLOCK": columns}, 4, lengths, pairs=sources
+        ),
+        "sinkhorn: fill": Kernel(s.fill, passed, wide, 4, lengths, wide=True, pairs=sources),
     }
 
 

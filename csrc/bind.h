@@ -15,6 +15,7 @@
 namespace sslfast {
 
 void bind_patches(pybind11::module_& m);
+void bind_sinkhorn(pybind11::module_& m);
 void bind_soft_cross_entropy(pybind11::module_& m);
 
 using Strides = std::array<int64_t, 4>;

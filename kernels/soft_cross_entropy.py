@@ -12,22 +12,22 @@ import triton.language as tl
 from sslfast.kernels import tuning
 from sslfast.kernels.patches import _narrow
 
+LOG2E = 1.4426950408889634
+
 
 @triton.jit
 def _targets(
-    target_ptr, center_ptr, image, k, view_stride, batch_stride, targets, classes, sign,
-    CENTER: tl.constexpr, SOFTMAX: tl.constexpr, T: tl.constexpr,
+    target_ptr, center_ptr, image, k, view_stride, batch_stride, targets, classes, CENTER: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
-    """[T, BLOCK]: with SOFTMAX u, -inf outside, otherwise the targets themselves, 0 outside."""
+    """(x - center [T, BLOCK], 0 outside, and what is inside)"""
     t = tl.arange(0, T)
     inside = (t < targets)[:, None] & (k < classes)[None, :]
     at = t.to(tl.int64)[:, None] * view_stride + image * batch_stride + k[None, :]
     x = tl.load(target_ptr + at, inside, 0.0).to(tl.float32)
     if CENTER:
         x = x - tl.load(center_ptr + k, k < classes, 0.0)[None, :]
-    if SOFTMAX:
-        x = tl.where(inside, x * sign, float("-inf"))
-    return x
+    return x, inside
 
 
 @triton.jit
@@ -41,12 +41,12 @@ def forward(
     program = tl.program_id(0)
     image, stretch = (program // stretches).to(tl.int64), program % stretches
     k, t = stretch * BLOCK + tl.arange(0, BLOCK), tl.arange(0, T)
-    q = _targets(
-        target_ptr, center_ptr, image, k, target_view_stride, target_batch_stride, targets, classes,
-        target_sign, CENTER, SOFTMAX, T,
-    )  # fmt: skip
+    q, inside = _targets(
+        target_ptr, center_ptr, image, k, target_view_stride, target_batch_stride, targets, classes, CENTER, T
+    )
     place = (t * batch + image) * stretches + stretch
     if SOFTMAX:
+        q = tl.where(inside, q * target_sign, float("-inf"))
         top = tl.max(q, 1)
         above = tl.where(top == float("-inf"), 0.0, top)
         q = tl.exp2((q - above[:, None]) * target_rate)
@@ -69,10 +69,11 @@ def forward(
 @triton.jit
 def merge(
     part_ptr, target_part_ptr, dot_ptr, loss_ptr, state_ptr, mass_ptr, target_state_ptr,
-    targets, batch, stretches, rate, target_rate,
+    targets, batch, stretches, rate, sign, target_rate, target_sign,
     SOFTMAX: tl.constexpr, SKIP: tl.constexpr, T: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Loss, state (top, log2 of the sum) and mass of row (v, image); view 0 leaves the targets' states."""
+    """Loss, state (the number of greatest weight, log2 of the sum) and mass of row (v, image); view 0 leaves
+    the targets' states."""
     image, v = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     j, t = tl.arange(0, J), tl.arange(0, T)
     place = (v * batch + image) * stretches + j
@@ -93,7 +94,7 @@ def merge(
         share = share * tl.exp2(-target_log2)[:, None]
         if v == 0:
             at = target_state_ptr + 2 * (t * batch + image)
-            tl.store(at, target_top, t < targets)
+            tl.store(at, target_top * target_sign, t < targets)
             tl.store(at + 1, target_log2, t < targets)
     met = inside
     if SKIP:
@@ -104,41 +105,46 @@ def merge(
     below = tl.sum(tl.sum(tl.where(met, dots * share, 0.0), 1), 0)
     row = v * batch + image
     tl.store(loss_ptr + row, (mass * log2_sum + below) * 0.6931471805599453)  # from log2 to log
-    tl.store(state_ptr + 2 * row, top)
+    tl.store(state_ptr + 2 * row, top * sign)
     tl.store(state_ptr + 2 * row + 1, log2_sum)
     tl.store(mass_ptr + row, mass)
 
 
 @triton.jit
 def backward(
-    dlogits_ptr, upstream_ptr, logits_ptr, target_ptr, center_ptr, state_ptr, mass_ptr, target_state_ptr,
-    out_view_stride, out_batch_stride, view_stride, batch_stride, target_view_stride, target_batch_stride,
-    views, targets, batch, classes, stretches, scale, rate, sign, target_rate, target_sign,
-    CENTER: tl.constexpr, SOFTMAX: tl.constexpr, SKIP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    dlogits_ptr, loss_ptr, upstream_ptr, logits_ptr, target_ptr, center_ptr, state_ptr, mass_ptr,
+    target_state_ptr, out_view_stride, out_batch_stride, view_stride, batch_stride, target_view_stride,
+    target_batch_stride, views, targets, batch, classes, stretches, scale, rate, target_rate,
+    CENTER: tl.constexpr, SOFTMAX: tl.constexpr, SKIP: tl.constexpr, LOSS: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlogits = upstream scale (mass softmax - Q); dlogits may be the logits."""
+    """dlogits = upstream scale (mass softmax - Q); dlogits may be the logits. Rates are signed here. LOSS:
+    where the classes are a slice of those of the states, loss [S, B, J] is each stretch's share,
+    sum_k Q_k (log2_sum - power_k)."""
     program = tl.program_id(0)
     image, stretch = (program // stretches).to(tl.int64), program % stretches
     k, t = stretch * BLOCK + tl.arange(0, BLOCK), tl.arange(0, T)
-    q = _targets(
-        target_ptr, center_ptr, image, k, target_view_stride, target_batch_stride, targets, classes,
-        target_sign, CENTER, SOFTMAX, T,
-    )  # fmt: skip
+    q, inside = _targets(
+        target_ptr, center_ptr, image, k, target_view_stride, target_batch_stride, targets, classes, CENTER, T
+    )
     if SOFTMAX:
         at = target_state_ptr + 2 * (t * batch + image)
         top, log2_sum = tl.load(at, t < targets, 0.0), tl.load(at + 1, t < targets, 0.0)
-        q = tl.exp2((q - top[:, None]) * target_rate - log2_sum[:, None])
+        q = tl.where(inside, tl.exp2((q - top[:, None]) * target_rate - log2_sum[:, None]), 0.0)
     for v in range(views):
         place = (image * 0 + v) * view_stride + image * batch_stride + k
         x = tl.load(logits_ptr + place, k < classes, 0.0).to(tl.float32)
         row = (image * 0 + v) * batch + image
-        top_v, log2_v = tl.load(state_ptr + 2 * row), tl.load(state_ptr + 2 * row + 1)
+        power = (x - tl.load(state_ptr + 2 * row)) * rate - tl.load(state_ptr + 2 * row + 1)
         gain = tl.load(upstream_ptr + row) * scale
         met = q
         if SKIP:
             met = tl.where((t != v)[:, None], q, 0.0)
-        softmax = tl.exp2((x * sign - top_v) * rate - log2_v)
-        d = gain * (tl.load(mass_ptr + row) * softmax - tl.sum(met, 0))
+        sum_met = tl.sum(met, 0)
+        if LOSS:
+            share = tl.sum(tl.where(k < classes, sum_met * -power, 0.0), 0)
+            tl.store(loss_ptr + row * stretches + stretch, share * 0.6931471805599453)
+        d = gain * (tl.load(mass_ptr + row) * tl.exp2(power) - sum_met)
         out = (image * 0 + v) * out_view_stride + image * out_batch_stride + k
         tl.store(dlogits_ptr + out, _narrow(d, dlogits_ptr.dtype.element_ty), k < classes)
 
@@ -150,11 +156,9 @@ def _block(targets: int, classes: int) -> tuple[int, int, int]:
     return count, block, max(1, min(8, block // 256))
 
 
-def _rates(scale: float, target_scale: float) -> tuple[float, float, float, float]:
-    """(|rate|, sign) of both scales: powers of 2 are of |rate| times sign times a logit."""
-    found = ((abs(s) * 1.4426950408889634, -1.0 if s < 0 else 1.0) for s in (scale, target_scale))
-    (rate, sign), (target_rate, target_sign) = found
-    return rate, sign, target_rate, target_sign
+def _rates(*scales: float) -> list[float]:
+    """|rate| and sign of each scale: a weight is 2 to the power of |rate| times sign times a logit."""
+    return [x for s in scales for x in (abs(s) * LOG2E, -1.0 if s < 0 else 1.0)]
 
 
 def launch_forward(
@@ -169,29 +173,33 @@ def launch_forward(
     part = loss.new_empty(views, batch, stretches, 2)
     target_part = loss.new_empty(many, batch, stretches, 2)
     dot = loss.new_empty(views, batch, stretches, count)
-    rate, sign, target_rate, target_sign = _rates(scale, target_scale)
+    rates = _rates(scale, target_scale)
     forward[(batch * stretches,)](
         logits, targets, loss if center is None else center, part, target_part, dot,
         *logits.stride()[:2], *targets.stride()[:2], views, many, batch, classes, stretches,
-        rate, sign, target_rate, target_sign, center is not None, softmax, count, block, num_warps=warps,
+        *rates, center is not None, softmax, count, block, num_warps=warps,
     )  # fmt: skip
     merge[(batch, views)](
-        part, target_part, dot, loss, state, mass, target_state, many, batch, stretches, rate, target_rate,
-        softmax, skip, count, triton.next_power_of_2(stretches), num_warps=1,
+        part, target_part, dot, loss, state, mass, target_state, many, batch, stretches, *rates, softmax,
+        skip, count, triton.next_power_of_2(stretches), num_warps=1,
     )  # fmt: skip
 
 
 def launch_backward(
     dlogits: torch.Tensor, upstream: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor,
     center: torch.Tensor | None, state: torch.Tensor, mass: torch.Tensor, target_state: torch.Tensor,
-    scale: float, target_scale: float, softmax: bool, skip: bool,
+    scale: float, target_scale: float, softmax: bool, skip: bool, loss: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
+    """loss [S, B]: to grow by these classes' share, where they are a slice of those of the states."""
     (views, batch, classes), many = logits.shape, len(targets)
     count, block, warps = _block(many, classes)
     stretches = triton.cdiv(classes, block)
+    part = mass if loss is None else mass.new_empty(views, batch, stretches)
     backward[(batch * stretches,)](
-        dlogits, upstream, logits, targets, mass if center is None else center, state, mass, target_state,
-        *dlogits.stride()[:2], *logits.stride()[:2], *targets.stride()[:2], views, many, batch, classes,
-        stretches, scale, *_rates(scale, target_scale), center is not None, softmax, skip, count, block,
-        num_warps=warps,
+        dlogits, part, upstream, logits, targets, mass if center is None else center, state, mass,
+        target_state, *dlogits.stride()[:2], *logits.stride()[:2], *targets.stride()[:2], views, many, batch,
+        classes, stretches, scale, scale * LOG2E, target_scale * LOG2E, center is not None, softmax, skip,
+        loss is not None, count, block, num_warps=warps,
     )  # fmt: skip
+    if loss is not None:
+        loss += part.sum(2)

@@ -32,8 +32,15 @@ PATCH_TILE, PATCH_BLOCK = 2048, 256
 PATCH_PIXELS = 4096
 # Ids that a program looks for at a time, and among how many: a larger square takes many registers.
 PLACES = 32
-# Numbers of targets that a program of soft_cross_entropy keeps in registers, with 8 warps: 32 per thread.
-TARGET_TILE = 8192
+# Numbers of targets that a program of soft_cross_entropy keeps in registers, with 8 warps: 16 per thread.
+# With 32, Triton 3.7 spilled on sm_90.
+TARGET_TILE = 4096
+# Logits of a chunk of prototypes, of all views and targets together: a few of the CPU's tiles, or a part of
+# the GPU's L2 cache.
+PROTOTYPES = {"cpu": 1 << 19, "cuda": 1 << 23}
+# Sinkhorn: classes of a row at a time, a tile of rows and classes for sums over rows, and into how many parts
+# the rows are split at most.
+SINKHORN_BLOCK, SINKHORN_TILE, SINKHORN_PARTS = 2048, (16, 128), 32
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN

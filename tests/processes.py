@@ -57,3 +57,11 @@ def mocov3_loss(rank: int) -> torch.Tensor:
     torch.manual_seed(5)
     query, key = (torch.randn(2, 4, 6)[:, rank : rank + 1].flatten(0, 1) for _ in range(2))
     return info_nce_loss(query, key, negatives=elsewhere(key), temperature=0.2)
+
+
+def balanced(rank: int, logits: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinkhorn's assignments and centre of this process's rows."""
+    from sslfast import sinkhorn_center, sinkhorn_knopp
+
+    rows = logits.split(sizes)[rank]
+    return sinkhorn_knopp(rows, 0.2), sinkhorn_center(rows, 0.2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sslfast.ops._check import FLOATS, check_integer, check_temperature, check_tensor, number
+from sslfast.ops.head_cross_entropy import head_cross_entropy
 from sslfast.ops.soft_cross_entropy import soft_cross_entropy, view_cross_entropy
 
 Views = Tensor | Sequence[Tensor]
@@ -43,30 +44,85 @@ def dino_loss(
             no two differ; the message names it.
     """
     student, teacher = _stacked("student_logits", student_logits), _stacked("teacher_logits", teacher_logits)
-    views, batch, classes = student.shape
+    _, batch, classes = student.shape
     check_tensor("teacher_logits", teacher, FLOATS, (None, batch, classes), student)
-    pairs = views * len(teacher) - min(views, len(teacher))
-    if not pairs:
-        raise ValueError(
-            f"student_logits: expected two views that differ, got {views} of the student and {len(teacher)} "
-            "of the teacher"
-        )
+    pairs = _pairs("student_logits", student, teacher)
     _check_center(center, classes, student)
-    scales = [
-        _inverse(name, x) for name, x in (("student_temp", student_temp), ("teacher_temp", teacher_temp))
-    ]
+    scale, target_scale = _inverse("student_temp", student_temp), _inverse("teacher_temp", teacher_temp)
     if inplace_backward and student.requires_grad and student.is_leaf:
         raise ValueError("inplace_backward: expected computed logits, got a leaf, which would be lost")
     losses = view_cross_entropy(
         student,
         teacher,
-        scales[0],
+        scale,
         center=center.detach().flatten().clone(),
-        target_scale=scales[1],
+        target_scale=target_scale,
         skip=True,
         in_place=inplace_backward,
     )
     return losses.sum() / (pairs * batch)
+
+
+def dino_head_loss(
+    student_features: Views,
+    student_prototypes: Tensor,
+    teacher_features: Views,
+    teacher_prototypes: Tensor,
+    center: Tensor,
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+) -> Tensor:
+    """`dino_loss` of the logits features @ prototypes.T, which never exist: memory is linear in S B + K.
+
+    Args:
+        student_features: [S, B, D], or S tensors [B, D]: what goes into the head's last layer. The first T
+            views are the teacher's. Under autocast cast as torch.mm would cast them.
+        student_prototypes: [K, D], the weight of that layer.
+        teacher_features: [T, B, E], or T tensors [B, E], of the student's dtype; teacher_prototypes: [K, E].
+            They carry no gradient.
+        center, student_temp, teacher_temp: as in `dino_loss`.
+
+    Returns:
+        0-d float32 (float64 for float64 features). Differentiable in student_features and
+        student_prototypes, once.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, or views of which
+            no two differ; the message names it.
+    """
+    student = _stacked("student_features", student_features)
+    teacher = _stacked("teacher_features", teacher_features)
+    _, batch, dim = student.shape
+    check_tensor("teacher_features", teacher, (student.dtype,), (None, batch, None), student)
+    check_tensor("student_prototypes", student_prototypes, FLOATS, (None, dim), student)
+    classes = len(student_prototypes)
+    if not classes:
+        raise ValueError("student_prototypes: expected at least one, got none")
+    check_tensor("teacher_prototypes", teacher_prototypes, FLOATS, (classes, teacher.shape[2]), student)
+    pairs = _pairs("student_features", student, teacher)
+    _check_center(center, classes, student)
+    losses = head_cross_entropy(
+        student,
+        student_prototypes,
+        teacher,
+        teacher_prototypes,
+        _inverse("student_temp", student_temp),
+        _inverse("teacher_temp", teacher_temp),
+        center=center.detach().flatten().clone(),
+        skip=True,
+    )
+    return losses.sum() / (pairs * batch)
+
+
+def _pairs(name: str, student: Tensor, teacher: Tensor) -> int:
+    """How many views of the student meet another view of the teacher."""
+    pairs = len(student) * len(teacher) - min(len(student), len(teacher))
+    if not pairs:
+        raise ValueError(
+            f"{name}: expected two views that differ, got {len(student)} of the student and {len(teacher)} "
+            "of the teacher"
+        )
+    return pairs
 
 
 def _stacked(name: str, views: Views) -> Tensor:
@@ -79,7 +135,7 @@ def _stacked(name: str, views: Views) -> Tensor:
         views = torch.stack(list(views))
     check_tensor(name, views, FLOATS, (None, None, None))
     if not views.shape[2]:
-        raise ValueError(f"{name}: expected at least one class, got shape {list(views.shape)}")
+        raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {list(views.shape)}")
     return views
 
 
@@ -99,6 +155,7 @@ def update_center_(
     teacher_logits: Tensor,
     momentum: float = 0.9,
     *,
+    prototypes: Tensor | None = None,
     group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Moves DINO's centre towards the mean of the teacher's logits, in place, and returns it.
@@ -110,6 +167,8 @@ def update_center_(
         center: [K], also behind dimensions of 1.
         teacher_logits: [..., K], of all the teacher's views; where there is no row the centre stays.
         momentum: in [0, 1].
+        prototypes: [K, D]; with them teacher_logits are features [..., D], whose logits are never made: the
+            mean of products is the product of the mean.
         group: processes to average over; None: all.
 
     Raises:
@@ -117,7 +176,11 @@ def update_center_(
     """
     if not isinstance(teacher_logits, Tensor) or teacher_logits.dim() < 1:
         raise TypeError("teacher_logits: expected a tensor [..., K]")
-    _check_center(center, teacher_logits.shape[-1], teacher_logits)
+    if prototypes is not None:
+        check_tensor("prototypes", prototypes, FLOATS, (None, teacher_logits.shape[-1]), teacher_logits)
+    _check_center(
+        center, (teacher_logits.shape[-1] if prototypes is None else len(prototypes)), teacher_logits
+    )
     if not 0 <= number("momentum", momentum) <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
     work = torch.promote_types(center.dtype, torch.float32)
@@ -128,6 +191,9 @@ def update_center_(
         both = torch.cat([mean, count])
         distributed.all_reduce(both, group=group)
         mean, count = both[:-1], both[-1:]
+    if prototypes is not None:
+        with torch.autocast(center.device.type, enabled=False):
+            mean = prototypes.detach().to(work) @ mean
     moved = momentum * center.to(work) + (1 - momentum) * mean / count
     return center.copy_(torch.where(count > 0, moved, center))
 

@@ -24,6 +24,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "embed_visible_patches": {"cpu": ("cpu",), "cuda": ("triton",)},
     "masked_patch_mse": {"cpu": ("cpu",), "cuda": ("triton",)},
     "soft_cross_entropy": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "head_cross_entropy": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "sinkhorn_pass": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 # `Float` in csrc/floats.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

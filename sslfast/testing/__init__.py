@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.testing import _ema, _patch_mask, _patches, _similarity_lse, _soft_cross_entropy
+from sslfast.testing import _ema, _patch_mask, _patches, _prototypes, _similarity_lse, _soft_cross_entropy
 from sslfast.testing._op import Inputs, Op
 from sslfast.testing._similarity_lse import SimilarityLseCase, similarity_lse_reference
 
@@ -55,6 +55,8 @@ CASES: dict[str, list[Any]] = {
     "embed_visible_patches": _patches.EMBED_CASES,
     "masked_patch_mse": _patches.MSE_CASES,
     "soft_cross_entropy": _soft_cross_entropy.CASES,
+    "head_cross_entropy": _prototypes.HEAD_CASES,
+    "sinkhorn_pass": _prototypes.SINKHORN_CASES,
 }
 OPS: dict[str, Op] = {
     "similarity_lse": _similarity_lse.OP,
@@ -66,6 +68,8 @@ OPS: dict[str, Op] = {
     "embed_visible_patches": _patches.EMBED_OP,
     "masked_patch_mse": _patches.MSE_OP,
     "soft_cross_entropy": _soft_cross_entropy.OP,
+    "head_cross_entropy": _prototypes.HEAD_OP,
+    "sinkhorn_pass": _prototypes.SINKHORN_OP,
 }
 
 

@@ -58,7 +58,7 @@ class SoftCrossEntropyCase:
             if self.kind == "sums":
                 targets = targets * 3 * torch.rand(self.batch, 1, dtype=torch.float64, generator=generator)
         kind = torch.promote_types(dtype, torch.float32) if self.other else dtype
-        a, targets = (_layout(x.to(t), self.layout).to(device) for x, t in ((a, dtype), (targets, kind)))
+        a, targets = (with_layout(x.to(t), self.layout).to(device) for x, t in ((a, dtype), (targets, kind)))
         work = torch.promote_types(dtype, torch.float32)
         center = (normal(self.classes) * 0.3 * self.size).to(device, work)
         return {
@@ -67,7 +67,7 @@ class SoftCrossEntropyCase:
         }  # fmt: skip
 
 
-def _layout(x: Tensor, kind: str) -> Tensor:
+def with_layout(x: Tensor, kind: str) -> Tensor:
     """The same numbers with room between rows, between elements, or of one image expanded."""
     if kind == "rows apart":
         return torch.cat((x, torch.full_like(x, torch.nan)), 2)[..., : x.shape[2]]

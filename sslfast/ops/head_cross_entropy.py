@@ -1,0 +1,244 @@
+"""head_cross_entropy: `view_cross_entropy` of logits that are products with prototypes, without those logits.
+
+    s_vbk = <f_vb, w_k>                  q_tb = softmax_k(target_scale (<u_tb, y_k> - center_k))
+    loss_vb = -sum_k Q_vbk log softmax_k(scale s_vb),   Q_vb = sum_t q_tb of all t, or all but v
+
+Prototypes come in chunks: two small products give their logits, in cache, and the kernels of
+`soft_cross_entropy` meet those. A first walk leaves the log-sum-exp of every row, on both sides. With it the
+second one adds up losses, and in the backward pass turns the student's logits in place into
+
+    G = upstream scale (W softmax(scale s) - Q),      df += G w,    dw = G^T f
+
+Summing targets before the products spares attention over the prototypes, and softmax and Q, which are alike
+late in training, are subtracted before anything is rounded.
+"""
+
+import torch
+from torch import Tensor
+
+from sslfast.kernels import tuning
+from sslfast.ops import _backend
+from sslfast.ops._check import autocast, working_dtype
+from sslfast.ops._library import define, once_differentiable
+from sslfast.ops.soft_cross_entropy import reference as reference_on_logits
+
+LOG2E = 1.4426950408889634
+
+
+def reference(
+    features: Tensor,
+    prototypes: Tensor,
+    target_features: Tensor,
+    target_prototypes: Tensor,
+    center: Tensor | None,
+    scale: float,
+    target_scale: float,
+    skip: bool,
+) -> Tensor:
+    """Plain PyTorch: specification, test truth and benchmark baseline. Returns [S, B]."""
+    work = working_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        w, y = (x.to(features.dtype).to(work) for x in (prototypes, target_prototypes.detach()))
+        logits, targets = features.to(work) @ w.T, target_features.detach().to(work) @ y.T
+    return reference_on_logits(logits, targets, center, scale, target_scale, True, skip)
+
+
+class _Walk:
+    """Passes over the prototypes in chunks."""
+
+    def __init__(
+        self, backend, features, prototypes, target_features, target_prototypes, center, scale, target_scale,
+        skip,
+    ) -> None:  # fmt: skip
+        (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
+        self.shapes = (views, batch, -1), (count, batch, -1)
+        self.dtype = features.dtype
+        self.features, self.target_features = (
+            self._factor(x.flatten(0, 1)) for x in (features, target_features)
+        )
+        self.prototypes, self.target_prototypes, self.center = prototypes, target_prototypes, center
+        self.options = scale, target_scale, True, skip
+        self.kernels = _backend.implementation("soft_cross_entropy", backend)
+        elements = tuning.PROTOTYPES[features.device.type] // max(1, (views + count) * batch)
+        self.step = max(tuning.PADDING, elements // tuning.PADDING * tuning.PADDING)
+        self.mass = torch.full((views, batch), count, dtype=work, device=features.device)
+        if skip:
+            self.mass[:count] -= 1
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """Rounded to the features' dtype; a CPU has no product of 16-bit factors that leaves float32, so
+        there they are converted again."""
+        x = x.to(self.dtype)
+        return x if x.is_cuda else x.to(working_dtype(x))
+
+    def chunks(self):
+        """(places, student's prototypes, and what a kernel takes: logits, targets, center), in turn."""
+        for begin in range(0, len(self.prototypes), self.step):
+            some = slice(begin, begin + self.step)
+            w, y = self._factor(self.prototypes[some]), self._factor(self.target_prototypes[some])
+            logits = _product(self.features, w.t()).view(self.shapes[0])
+            targets = _product(self.target_features, y.t()).view(self.shapes[1])
+            yield some, w, (logits, targets, None if self.center is None else self.center[some])
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them."""
+        found = [self.kernels.forward(*given, *self.options)[1::2] for _, _, given in self.chunks()]
+        both = (torch.stack(parts) for parts in zip(*found, strict=True))
+        first, second = (_merge(x, s) for x, s in zip(both, self.options, strict=False))
+        return first, second
+
+    def losses(self, state: Tensor, target_state: Tensor) -> Tensor:
+        """[S, B]"""
+        loss = torch.zeros_like(self.mass)
+        for _, _, given in self.chunks():
+            self._meet(self.mass, given, state, target_state, loss)
+        return loss
+
+    def gradients(self, upstream: Tensor, state: Tensor, target_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Of features [S B, D] and prototypes [K, D], in the working dtype or wider."""
+        df = torch.zeros_like(self.features, dtype=upstream.dtype)
+        dw = torch.empty_like(
+            self.prototypes, dtype=torch.promote_types(self.prototypes.dtype, upstream.dtype)
+        )
+        for some, w, given in self.chunks():
+            self._meet(upstream, given, state, target_state)
+            weights = given[0].flatten(0, 1).to(w.dtype)
+            dw[some] = _product(weights.t(), self.features)
+            df += _product(weights, w)
+        return df, dw
+
+    def _meet(self, upstream, given, state, target_state, loss=None) -> None:
+        """The logits become G."""
+        backward = self.kernels.backward
+        assert backward is not None
+        backward(given[0], upstream, *given, state, self.mass, target_state, *self.options, loss=loss)
+
+
+def _merge(states: Tensor, scale: float) -> Tensor:
+    """States [C, S, B, 2] of chunks -> of whole rows [S, B, 2]."""
+    tops, sums = states.unbind(3)
+    top = tops.amin(0) if scale < 0 else tops.amax(0)
+    total = (sums + (tops - top) * (scale * LOG2E)).exp2().sum(0)
+    return torch.stack((top, total.log2()), 2)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in float32 or wider."""
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.mm(x, y)
+    return torch.mm(x, y, out_dtype=torch.float32)
+
+
+def _implementation(backend: str):
+    def forward(features, *others):
+        with torch.autocast(features.device.type, enabled=False):
+            walk = _Walk(backend, features, *others)
+            states = walk.states()
+            return walk.losses(*states), *states
+
+    def backward(upstream, state, target_state, features, prototypes, target_features, *others):
+        # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves
+        # the largest of them, T, just room.
+        gain = 2.0 ** (14 - len(target_features).bit_length())
+        unit = upstream.abs().amax().clamp(min=1e-30) / gain
+        with torch.autocast(features.device.type, enabled=False):
+            walk = _Walk(backend, features, prototypes, target_features, *others)
+            df, dw = (x.mul_(unit) for x in walk.gradients(upstream / unit, state, target_state))
+        return df.view(features.shape).to(features.dtype), dw.to(prototypes.dtype)
+
+    def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+        return _backend.implementation("soft_cross_entropy", backend).refuses(device, dtype)
+
+    return _backend.Backend(forward, backward, refuses)
+
+
+for _name in ("cpu", "triton"):
+    _backend.register("head_cross_entropy", _name, _implementation(_name))
+
+_INPUTS = (
+    "Tensor features, Tensor prototypes, Tensor target_features, Tensor target_prototypes, Tensor? center"
+)
+_OPTIONS = "float scale, float target_scale, bool skip, str backend"
+
+
+def _serve_forward(*args):
+    return _backend.implementation("head_cross_entropy", args[-1]).forward(*args[:-1])
+
+
+def _serve_backward(*args):
+    backward = _backend.implementation("head_cross_entropy", args[-1]).backward
+    assert backward is not None
+    return backward(*args[:-1])
+
+
+def _fake(features, prototypes, target_features, *rest):
+    (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
+    sizes = (views, batch), (views, batch, 2), (count, batch, 2)
+    return tuple(features.new_empty(size, dtype=work) for size in sizes)
+
+
+_fwd = define(
+    f"head_cross_entropy_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _serve_forward, _fake
+)
+_bwd = define(
+    f"head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, {_INPUTS}, {_OPTIONS}) "
+    "-> (Tensor, Tensor)",
+    _serve_backward,
+    lambda upstream, state, target_state, features, prototypes, *rest: (
+        features.new_empty(features.shape),
+        prototypes.new_empty(prototypes.shape),
+    ),
+)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, prototypes, target_features, target_prototypes, center, *options):
+        inputs = features, prototypes, target_features, target_prototypes, center
+        loss, *states = _fwd(*inputs, *options)
+        ctx.save_for_backward(*states, *inputs)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return *_bwd(upstream.contiguous(), *ctx.saved_tensors, *ctx.options), *(None,) * 7
+
+
+def head_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    target_features: Tensor,
+    target_prototypes: Tensor,
+    scale: float,
+    target_scale: float,
+    *,
+    center: Tensor | None = None,
+    skip: bool = False,
+) -> Tensor:
+    """Of each row of features, the sum of its cross-entropies with the targets of the same image.
+
+    Args:
+        features, target_features: [S, B, D] and [T, B, E], of one dtype; under autocast cast as torch.mm
+            would cast them. The targets carry no gradient.
+        prototypes, target_prototypes: [K, D] and [K, E], of any floating dtype: rounded to that of the
+            features.
+        scale, target_scale: factors of the logits, 1 / temperature.
+        center: [K] of any floating dtype, subtracted from the targets' logits.
+        skip: view v and target v are the same view and do not meet.
+
+    Returns:
+        [S, B] of the working dtype. Differentiable in features and prototypes, once.
+    """
+    features, others = autocast(features, target_features)
+    assert others is not None
+    targets, target_prototypes = others.detach(), target_prototypes.detach()
+    center = None if center is None else center.detach().to(working_dtype(features)).contiguous()
+    options = float(scale), float(target_scale), skip
+    backend = _backend.resolve("head_cross_entropy", features.device, features.dtype)
+    if backend == "reference" or not features.shape[0] * features.shape[1]:
+        return reference(features, prototypes, targets, target_prototypes, center, *options)
+    return _HeadCrossEntropy.apply(
+        features, prototypes, targets, target_prototypes, center, *options, backend
+    )
