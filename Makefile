@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/ema.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/masking.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/prototypes.py --json-out benchmarks/results
 
 # Every shipped configuration of the GPU kernels, compiled without a GPU: registers, spills, occupancy, predicted times.
 static: $(READY)

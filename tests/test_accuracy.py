@@ -53,6 +53,16 @@ def test_simclr_on_mnist5k(tmp_path):
     print(f"{time.monotonic() - began:.0f} s in all")
 
 
+def test_dino_on_mnist5k(tmp_path):
+    """Digits lose what tells them apart in small crops, so there are none."""
+    options = ["--data", "mnist5k", "--local-crops", "0", "--head-layers", "2", "--epochs", "10"]
+    accuracy, seconds, printed = train(tmp_path / "run", "dino", *options)
+    untrained = float(re.search(r"^10 labels per class: .* untrained encoder (0\.\d+)", printed, re.M)[1])
+    knn = float(re.search(r"^kNN .*: (0\.\d+) ", printed, re.M)[1])
+    assert knn >= 0.80 and accuracy >= untrained + 0.15 and seconds <= 240
+    assert "collapsed" not in printed
+
+
 MAE = [
     ("--data mnist5k --patch-size 7", 25),
     ("--data photos --image-size 48 --patch-size 12 --mask-ratio 0.5", 20),

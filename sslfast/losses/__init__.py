@@ -9,6 +9,7 @@ from sslfast.losses.prototypes import (
     IBOTLoss,
     dino_head_loss,
     dino_loss,
+    ibot_head_loss,
     ibot_loss,
     update_center_,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "byol_loss",
     "dino_head_loss",
     "dino_loss",
+    "ibot_head_loss",
     "ibot_loss",
     "info_nce_loss",
     "koleo_loss",

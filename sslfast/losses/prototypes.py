@@ -92,16 +92,40 @@ def dino_head_loss(
     """
     student = _stacked("student_features", student_features)
     teacher = _stacked("teacher_features", teacher_features)
-    _, batch, dim = student.shape
+    batch = student.shape[1]
     check_tensor("teacher_features", teacher, (student.dtype,), (None, batch, None), student)
-    check_tensor("student_prototypes", student_prototypes, FLOATS, (None, dim), student)
+    pairs = _pairs("student_features", student, teacher)
+    losses = _head_losses(
+        student,
+        student_prototypes,
+        teacher,
+        teacher_prototypes,
+        center,
+        student_temp,
+        teacher_temp,
+        skip=True,
+    )
+    return losses.sum() / (pairs * batch)
+
+
+def _head_losses(
+    student: Tensor,
+    student_prototypes: Tensor,
+    teacher: Tensor,
+    teacher_prototypes: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    skip: bool,
+) -> Tensor:
+    """[S, B] of features [S, B, D] and [T, B, E]."""
+    check_tensor("student_prototypes", student_prototypes, FLOATS, (None, student.shape[2]), student)
     classes = len(student_prototypes)
     if not classes:
         raise ValueError("student_prototypes: expected at least one, got none")
     check_tensor("teacher_prototypes", teacher_prototypes, FLOATS, (classes, teacher.shape[2]), student)
-    pairs = _pairs("student_features", student, teacher)
     _check_center(center, classes, student)
-    losses = head_cross_entropy(
+    return head_cross_entropy(
         student,
         student_prototypes,
         teacher,
@@ -109,9 +133,8 @@ def dino_head_loss(
         _inverse("student_temp", student_temp),
         _inverse("teacher_temp", teacher_temp),
         center=center.detach().flatten().clone(),
-        skip=True,
+        skip=skip,
     )
-    return losses.sum() / (pairs * batch)
 
 
 def _pairs(name: str, student: Tensor, teacher: Tensor) -> int:
@@ -284,6 +307,36 @@ def ibot_loss(
     scale = _inverse("student_temp", student_temp)
     losses = soft_cross_entropy(student_logits, teacher_probs, scale=scale, inplace_backward=inplace_backward)
     return (losses * weights.detach().to(losses.dtype)).sum() / num_images
+
+
+def ibot_head_loss(
+    student_features: Tensor,
+    student_prototypes: Tensor,
+    teacher_features: Tensor,
+    teacher_prototypes: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    num_images: int,
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+) -> Tensor:
+    """`ibot_loss` from features of masked patches [R, D] and [R, E], as `dino_head_loss` is `dino_loss`.
+
+    The teacher's probabilities are softmax((features @ prototypes.T - center) / teacher_temp), Sinkhorn's
+    with the centre of `sinkhorn_center`. Other arguments, result and errors: as those two have them.
+    """
+    check_tensor("student_features", student_features, FLOATS, (None, None))
+    rows, dim = student_features.shape
+    check_tensor(
+        "teacher_features", teacher_features, (student_features.dtype,), (rows, None), student_features
+    )
+    check_tensor("weights", weights, FLOATS, (rows,), student_features)
+    check_integer("num_images", num_images, 1)
+    losses = _head_losses(
+        student_features[None], student_prototypes, teacher_features[None], teacher_prototypes, center,
+        student_temp, teacher_temp, skip=False,
+    )  # fmt: skip
+    return (losses[0] * weights.detach().to(losses.dtype)).sum() / num_images
 
 
 class IBOTLoss(nn.Module):

@@ -61,6 +61,7 @@ class _Walk:
         self.kernels = _backend.implementation("soft_cross_entropy", backend)
         elements = tuning.PROTOTYPES[features.device.type] // max(1, (views + count) * batch)
         self.step = max(tuning.PADDING, elements // tuning.PADDING * tuning.PADDING)
+        self.room = torch.empty((views + count) * batch * self.step, dtype=work, device=features.device)
         self.mass = torch.full((views, batch), count, dtype=work, device=features.device)
         if skip:
             self.mass[:count] -= 1
@@ -72,12 +73,19 @@ class _Walk:
         return x if x.is_cuda else x.to(working_dtype(x))
 
     def chunks(self):
-        """(places, student's prototypes, and what a kernel takes: logits, targets, center), in turn."""
+        """(places, student's prototypes, and what a kernel takes: logits, targets, center), in turn, in the
+        same memory."""
+        rows = len(self.features)
         for begin in range(0, len(self.prototypes), self.step):
             some = slice(begin, begin + self.step)
             w, y = self._factor(self.prototypes[some]), self._factor(self.target_prototypes[some])
-            logits = _product(self.features, w.t()).view(self.shapes[0])
-            targets = _product(self.target_features, y.t()).view(self.shapes[1])
+            room = self.room.split((rows * self.step, len(self.room) - rows * self.step))
+            logits, targets = (
+                _product(x, z.t(), out[: len(x) * len(z)].view(len(x), len(z))).view(shape)
+                for x, z, out, shape in zip(
+                    (self.features, self.target_features), (w, y), room, self.shapes, strict=True
+                )
+            )
             yield some, w, (logits, targets, None if self.center is None else self.center[some])
 
     def states(self) -> tuple[Tensor, Tensor]:
@@ -94,16 +102,21 @@ class _Walk:
             self._meet(self.mass, given, state, target_state, loss)
         return loss
 
-    def gradients(self, upstream: Tensor, state: Tensor, target_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Of features [S B, D] and prototypes [K, D], in the working dtype or wider."""
+    def gradients(
+        self, upstream: Tensor, state: Tensor, target_state: Tensor, trained: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of features [S B, D] and, where they are trained, prototypes [K, D]; in the working dtype or
+        wider."""
         df = torch.zeros_like(self.features, dtype=upstream.dtype)
-        dw = torch.empty_like(
-            self.prototypes, dtype=torch.promote_types(self.prototypes.dtype, upstream.dtype)
-        )
+        kind = torch.promote_types(self.prototypes.dtype, upstream.dtype)
+        dw = torch.empty_like(self.prototypes, dtype=kind) if trained else df.new_empty(0)
         for some, w, given in self.chunks():
             self._meet(upstream, given, state, target_state)
             weights = given[0].flatten(0, 1).to(w.dtype)
-            dw[some] = _product(weights.t(), self.features)
+            if trained and kind == upstream.dtype:
+                _product(weights.t(), self.features, dw[some])
+            elif trained:
+                dw[some] = _product(weights.t(), self.features)
             df += _product(weights, w)
         return df, dw
 
@@ -122,11 +135,11 @@ def _merge(states: Tensor, scale: float) -> Tensor:
     return torch.stack((top, total.log2()), 2)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
+def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """x y in float32 or wider."""
     if x.dtype in (torch.float32, torch.float64):
-        return torch.mm(x, y)
-    return torch.mm(x, y, out_dtype=torch.float32)
+        return torch.mm(x, y, out=out)
+    return torch.mm(x, y, out_dtype=torch.float32, out=out)
 
 
 def _implementation(backend: str):
@@ -136,14 +149,14 @@ def _implementation(backend: str):
             states = walk.states()
             return walk.losses(*states), *states
 
-    def backward(upstream, state, target_state, features, prototypes, target_features, *others):
+    def backward(upstream, state, target_state, trained, features, prototypes, target_features, *others):
         # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves
         # the largest of them, T, just room.
         gain = 2.0 ** (14 - len(target_features).bit_length())
         unit = upstream.abs().amax().clamp(min=1e-30) / gain
         with torch.autocast(features.device.type, enabled=False):
             walk = _Walk(backend, features, prototypes, target_features, *others)
-            df, dw = (x.mul_(unit) for x in walk.gradients(upstream / unit, state, target_state))
+            df, dw = (x.mul_(unit) for x in walk.gradients(upstream / unit, state, target_state, trained))
         return df.view(features.shape).to(features.dtype), dw.to(prototypes.dtype)
 
     def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -181,12 +194,12 @@ _fwd = define(
     f"head_cross_entropy_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _serve_forward, _fake
 )
 _bwd = define(
-    f"head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, {_INPUTS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor)",
+    f"head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, bool trained, {_INPUTS}, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
     _serve_backward,
-    lambda upstream, state, target_state, features, prototypes, *rest: (
+    lambda upstream, state, target_state, trained, features, prototypes, *rest: (
         features.new_empty(features.shape),
-        prototypes.new_empty(prototypes.shape),
+        prototypes.new_empty(prototypes.shape if trained else 0),
     ),
 )
 
@@ -203,7 +216,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *_bwd(upstream.contiguous(), *ctx.saved_tensors, *ctx.options), *(None,) * 7
+        state, target_state, *inputs = ctx.saved_tensors
+        trained = ctx.needs_input_grad[1]
+        args = upstream.contiguous(), state, target_state, trained, *inputs, *ctx.options
+        df, dw = _bwd(*args)
+        return df, dw if trained else None, *(None,) * 7
 
 
 def head_cross_entropy(

@@ -1,6 +1,6 @@
 """Batched augmentations on the training device, by kornia. Images are float in [0, 1], [B, C, H, W]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a view is made: a crop of at least `area` of the image, then what has a probability, then a flip.
+    """How a view is made: a crop of at least `area` of the image and at most `most`, then what has a
+    probability, then a flip.
 
     jitter: strengths of brightness, contrast, saturation and hue, in random order. colours: whether a view
     may have other ones, or none.
     """
 
     area: float = 0.08
+    most: float = 1.0
     bicubic: bool = False
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
@@ -34,6 +36,10 @@ RECIPES: dict[str, tuple[Recipe, Recipe]] = {
     "byol": (
         Recipe(bicubic=True, jitter=_V3, blur=1.0),
         Recipe(bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
+    ),
+    "dino": (
+        Recipe(0.4, bicubic=True, jitter=_V3, blur=1.0),
+        Recipe(0.4, bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
     ),
     "mae": (Recipe(0.2, bicubic=True, colours=False, blur=0.0),) * 2,
 }
@@ -59,11 +65,52 @@ def one_view(preset: str, image_size: int, channels: int) -> nn.Module:
     return _Views([_mnist()] if preset == "mnist" else _views(preset, image_size, channels)[:1], copies=1)
 
 
-def _views(preset: str, image_size: int, channels: int) -> list[nn.Module]:
-    """Those of a preset's views that differ."""
+def multi_crop(
+    preset: str, image_size: int, channels: int, crops: int, crop_size: int, area: float
+) -> nn.Module:
+    """A module that maps [B, C, H, W] to two global views and `crops` local ones, as DINO (Caron et al. 2021)
+    has them.
+
+    Args:
+        preset: as in `two_views`; a local view is blurred half of the time and never solarized.
+        image_size, crop_size: sides of global and local views in pixels.
+        area: share of an image that global views have at least, and local ones, of at least 0.05, at most.
+    """
+    if preset == "mnist":
+        local: nn.Module = nn.Sequential(_mnist(), _crop((area / 2, area), crop_size, bicubic=False))
+        globals_: list[nn.Module] = [_mnist()]
+    else:
+        recipe, second = (replace(r, area=area) for r in _recipes(preset))
+        globals_ = [_view(r, image_size, channels) for r in dict.fromkeys((recipe, second))]
+        blur = 0.5 if recipe.blur else 0.0
+        small = replace(recipe, area=0.05, most=area, blur=blur, solarize=0.0)
+        local = _view(small, crop_size, channels)
+    return _MultiCrop(_Views(globals_, copies=2 // len(globals_)), _Views([local], crops))
+
+
+def local_size(image_size: int, patch: int) -> int:
+    """Side of a small crop: three sevenths of the image's (96 for 224), in whole patches."""
+    return max(1, round(image_size * 3 / 7 / patch)) * patch
+
+
+class _MultiCrop(nn.Module):
+    def __init__(self, globals_: nn.Module, locals_: "_Views") -> None:
+        super().__init__()
+        self.globals, self.locals = globals_, locals_
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return *self.globals(images), *(self.locals(images) if self.locals.copies else ())
+
+
+def _recipes(preset: str) -> tuple[Recipe, Recipe]:
     if preset not in RECIPES:
         raise ValueError(f"augment: expected mnist or one of {', '.join(RECIPES)}, got {preset!r}")
-    return [_view(recipe, image_size, channels) for recipe in dict.fromkeys(RECIPES[preset])]
+    return RECIPES[preset]
+
+
+def _views(preset: str, image_size: int, channels: int) -> list[nn.Module]:
+    """Those of a preset's views that differ."""
+    return [_view(recipe, image_size, channels) for recipe in dict.fromkeys(_recipes(preset))]
 
 
 class _Views(nn.Module):
@@ -82,9 +129,7 @@ class _Views(nn.Module):
 def _view(recipe: Recipe, size: int, channels: int) -> nn.Module:
     import kornia.augmentation as K
 
-    crop = K.RandomResizedCrop(
-        (size, size), (recipe.area, 1.0), (3 / 4, 4 / 3), resample="bicubic" if recipe.bicubic else "bilinear"
-    )
+    crop = _crop((recipe.area, recipe.most), size, recipe.bicubic)
     colours: list[nn.Module] = []
     if channels == 3 and recipe.colours:
         colours = [K.ColorJitter(*recipe.jitter, p=recipe.jitter_probability), K.RandomGrayscale(p=0.2)]
@@ -95,6 +140,13 @@ def _view(recipe: Recipe, size: int, channels: int) -> nn.Module:
     if recipe.solarize:
         steps.append(K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.solarize))
     return nn.Sequential(*steps, K.RandomHorizontalFlip())
+
+
+def _crop(area: tuple[float, float], size: int, bicubic: bool) -> nn.Module:
+    import kornia.augmentation as K
+
+    resample = "bicubic" if bicubic else "bilinear"
+    return K.RandomResizedCrop((size, size), area, (3 / 4, 4 / 3), resample=resample)
 
 
 def _mnist() -> nn.Module:

@@ -42,7 +42,7 @@ class TrainConfig:
     """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
     """Side in pixels of the images; mnist5k and npz keep theirs."""
-    augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "mae", "mnist"] = "auto"
+    augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "dino", "mae", "mnist"] = "auto"
     """The recipe of a paper, or mnist; auto: mnist for mnist5k, otherwise the method's own."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """sgd and lars with momentum 0.9."""

@@ -142,6 +142,20 @@ def rate_at(schedule: str, step: int, warmup: float, total: int) -> float:
     return 0.1 ** ((5 * step >= 3 * total) + (5 * step >= 4 * total))
 
 
+def cosine(start: float, end: float, step: int, total: int) -> float:
+    """From start to end on a half cosine."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total))
+
+
+def clip_each(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales each parameter's gradient alone down to a norm of at most max_norm, as DINO does, without a read
+    by the host; returns the norm of all of them together before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
+
+
 def warmup_cosine(step: int, warmup: float, total: int) -> float:
     """Factor of the learning rate: linear from 0 over `warmup` steps, then a half cosine to 0 at `total`."""
     if step < warmup:

@@ -13,9 +13,10 @@ from sslfast.train.config import TrainConfig
 
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
 RECONSTRUCTION = "reconstruction.png"
+ATTENTION, COMPONENTS = "attention.png", "components.png"
 FILES = (
     *(CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json"),
-    *("loss.png", "neighbours.png", RECONSTRUCTION, "config.json"),
+    *("loss.png", "neighbours.png", RECONSTRUCTION, ATTENTION, COMPONENTS, "config.json"),
 )
 REMAINS = tuple(f"{name}.tmp" for name in FILES)  # of a process that was killed while it wrote
 

@@ -125,12 +125,15 @@ class ViT(nn.Module):
         tokens = self.tokens(x)
         return tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1)
 
-    def tokens(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+    def tokens(
+        self, x: Tensor, ids_keep: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """All tokens after the last LayerNorm, the class token first: [B, 1 + L, dim].
 
         With ids_keep [B, Lk] those of the kept patches alone, [B, 1 + Lk, dim]: the others are not embedded.
+        hidden: (mask [B, L], 1 where a patch is replaced, and the token [dim] in its place).
         """
-        x = self.embed(x) if ids_keep is None else self._embed_visible(x, ids_keep)
+        x = self.embed(x, hidden) if ids_keep is None else self._embed_visible(x, ids_keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -144,9 +147,12 @@ class ViT(nn.Module):
         assert isinstance(last, Block)
         return last.attention.weights(last.norm1(x))
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, hidden: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Patches with positions behind the class token: [B, 1 + L, dim]."""
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
+        if hidden is not None:
+            mask, token = hidden
+            patches = torch.where(mask.bool()[:, :, None], token.to(patches.dtype), patches)
         return self._behind_class_token(patches + self._positions_for(self.grid_of(*x.shape[-2:])))
 
     def _embed_visible(self, x: Tensor, ids_keep: Tensor) -> Tensor:
@@ -167,6 +173,13 @@ class ViT(nn.Module):
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
         return resized_positions(self.positions, self.grid, grid)
+
+
+def set_drop_path(encoder: nn.Module, rate: float) -> None:
+    """Of a ViT's last block; it grows linearly from 0 at the first."""
+    blocks = [block for block in encoder.modules() if isinstance(block, Block)]
+    for i, block in enumerate(blocks):
+        block.drop_path = rate * i / max(1, len(blocks) - 1)
 
 
 class Decoder(nn.Module):

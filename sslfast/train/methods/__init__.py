@@ -17,7 +17,7 @@ from sslfast.train import augment, optim
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import ImageSet
 
-NAMES = ("simclr", "byol", "moco", "mocov3", "mae")
+NAMES = ("simclr", "byol", "moco", "mocov3", "dino", "mae")
 
 
 def module(name: str) -> ModuleType:
