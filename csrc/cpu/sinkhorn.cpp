@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "exp2.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace sslfast {
@@ -11,7 +12,7 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr int64_t kBlock = 2048;  // classes whose terms add up in the working dtype; blocks add up in double
-constexpr int64_t kColumns = 256, kRows = 64;  // a tile of columns' sums: its logits are read from memory once
+constexpr int64_t kColumns = 256, kRows = 256;  // a tile of columns' sums: its logits are read from memory once
 
 template <class T, class W>
 struct Terms {
@@ -42,20 +43,19 @@ void rows(const Sinkhorn& p, W* out) {
     for (int64_t i = begin; i < end; ++i) {
       const T* __restrict x = t.row(i);
       const W shift = t.shift(i);
-      W top = t.at(x, 0, shift);
-#pragma omp simd reduction(max : top)
-      for (int64_t k = 0; k < p.classes; ++k) {
+      Lanes<W> tops(t.at(x, 0, shift));
+      each_lane(0, p.classes, [&](int64_t k, int lane) {
         const W value = t.at(x, k, shift);
-        top = value > top ? value : top;
-      }
-      const W base = finite(top);
+        tops.at[lane] = value > tops.at[lane] ? value : tops.at[lane];
+      });
+      const W base = finite(tops.greatest());
       double sum = 0;
       for (int64_t from = 0; from < p.classes; from += kBlock) {
         const int64_t to = from + kBlock < p.classes ? from + kBlock : p.classes;
-        W part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t k = from; k < to; ++k) part += exp2_any((t.at(x, k, shift) - base) * log2e);
-        sum += static_cast<double>(part);
+        Lanes<W> part(0);
+        each_lane(from, to,
+                  [&](int64_t k, int lane) { part.at[lane] += exp2_any((t.at(x, k, shift) - base) * log2e); });
+        sum += static_cast<double>(part.sum());
       }
       out[i] = static_cast<W>(static_cast<double>(base) + kLn2 * std::log2(sum));
     }
@@ -70,7 +70,7 @@ void columns(const Sinkhorn& p, W* out) {
   parallel_rows(blocks, parts_for(blocks, p.rows * p.classes, p.threads), [&](int, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kColumns, n = first + kColumns < p.classes ? kColumns : p.classes - first;
-      W top[kColumns], part[kColumns];
+      W top[kColumns], base[kColumns], part[kColumns];
       double sum[kColumns];
       for (int64_t k = 0; k < n; ++k) top[k] = -INFINITY, sum[k] = 0;
       for (int64_t from = 0; from < p.rows; from += kRows) {
@@ -86,14 +86,15 @@ void columns(const Sinkhorn& p, W* out) {
             top[k] = value > top[k] ? value : top[k];
           }
         }
+        for (int64_t k = 0; k < n; ++k) base[k] = finite(top[k]);
         for (int64_t i = from; i < to; ++i) {
           const T* __restrict x = t.row(i);
           const W shift = t.shift(i);
 #pragma omp simd
-          for (int64_t k = 0; k < n; ++k) part[k] += exp2_any((t.at(x, first + k, shift) - finite(top[k])) * log2e);
+          for (int64_t k = 0; k < n; ++k) part[k] += exp2_any((t.at(x, first + k, shift) - base[k]) * log2e);
         }
         for (int64_t k = 0; k < n; ++k) {
-          const double fall = static_cast<double>(finite(old[k])) - static_cast<double>(finite(top[k]));
+          const double fall = static_cast<double>(finite(old[k])) - static_cast<double>(base[k]);
           sum[k] = (sum[k] == 0 ? 0 : sum[k] * std::exp2(fall * kLog2e)) + static_cast<double>(part[k]);
         }
       }

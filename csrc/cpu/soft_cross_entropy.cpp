@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "exp2.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace sslfast {
@@ -25,23 +26,16 @@ inline W value(const T* x, const W* center, int64_t k) {
   return center ? v - center[k] : v;
 }
 
+// The value of greatest weight.
 template <class T, class W>
 W top_of(const T* __restrict x, const W* __restrict center, bool least, int64_t n) {
-  W top = value(x, center, 0);
-  if (least) {
-#pragma omp simd reduction(min : top)
-    for (int64_t k = 0; k < n; ++k) {
-      const W v = value(x, center, k);
-      top = v < top ? v : top;
-    }
-  } else {
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
-      const W v = value(x, center, k);
-      top = v > top ? v : top;
-    }
-  }
-  return top;
+  const W sign = least ? W(-1) : W(1);
+  Lanes<W> tops(sign * value(x, center, 0));
+  each_lane(0, n, [&](int64_t k, int lane) {
+    const W v = sign * value(x, center, k);
+    tops.at[lane] = v > tops.at[lane] ? v : tops.at[lane];
+  });
+  return sign * tops.greatest();
 }
 
 template <class T, class W>
@@ -50,10 +44,9 @@ State<W> state_of(const T* __restrict x, const W* __restrict center, W rate, int
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    W part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < end; ++k) part += exp2_any((value(x, center, k) - top) * rate);
-    sum += static_cast<double>(part);
+    Lanes<W> part(0);
+    each_lane(begin, end, [&](int64_t k, int lane) { part.at[lane] += exp2_any((value(x, center, k) - top) * rate); });
+    sum += static_cast<double>(part.sum());
   }
   return {top, static_cast<W>(std::log2(sum))};
 }
@@ -69,15 +62,15 @@ struct Row {
     double sum = 0;
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-      W part = 0, inner = 0, total = 0;
-#pragma omp simd reduction(+ : part, inner, total)
-      for (int64_t k = begin; k < end; ++k) {
+      Lanes<W> part(0), inner(0), total(0);
+      each_lane(begin, end, [&](int64_t k, int lane) {
         const W power = (static_cast<W>(widen(x[k])) - top) * rate;
-        part += exp2_any(power);
-        inner += q[k] * power;
-        total += q[k];
-      }
-      sum += static_cast<double>(part), weighted -= static_cast<double>(inner), mass += static_cast<double>(total);
+        part.at[lane] += exp2_any(power);
+        inner.at[lane] += q[k] * power;
+        total.at[lane] += q[k];
+      });
+      sum += static_cast<double>(part.sum()), weighted -= static_cast<double>(inner.sum());
+      mass += static_cast<double>(total.sum());
     }
     state = {top, static_cast<W>(std::log2(sum))};
   }
@@ -185,10 +178,11 @@ double met(const T* __restrict x, const W* __restrict q, State<W> s, W rate, int
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    W part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < end; ++k) part += q[k] * (s.log2_sum - (static_cast<W>(widen(x[k])) - s.top) * rate);
-    sum += static_cast<double>(part);
+    Lanes<W> part(0);
+    each_lane(begin, end, [&](int64_t k, int lane) {
+      part.at[lane] += q[k] * (s.log2_sum - (static_cast<W>(widen(x[k])) - s.top) * rate);
+    });
+    sum += static_cast<double>(part.sum());
   }
   return kLn2 * sum;
 }
