@@ -56,7 +56,8 @@ sanitize: $(READY)
 	    $(BIN)/pytest -k "not compile and not peak_memory" tests/test_backends.py tests/test_pair_rows.py \
 	    tests/test_similarity_lse.py tests/test_similarity_lse_edges.py tests/test_unusual_tensors.py \
 	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py tests/test_patch_mask.py \
-	    tests/test_patches.py tests/test_masked_patch_mse.py tests/test_soft_cross_entropy.py
+	    tests/test_patches.py tests/test_masked_patch_mse.py tests/test_soft_cross_entropy.py \
+	    tests/test_head_loss.py tests/test_sinkhorn.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1
