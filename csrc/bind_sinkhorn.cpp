@@ -20,6 +20,8 @@ void pass(const std::string& over, int64_t rows, int64_t classes, const Address&
     SSLFAST_CHOOSE(active_isa(), sinkhorn_rows(p, at<void>(out)));
   } else if (over == "rows") {
     SSLFAST_CHOOSE(active_isa(), sinkhorn_columns(p, at<void>(out)));
+  } else if (over != "none") {
+    throw std::invalid_argument("over: expected classes, rows or none, got " + over);
   } else {
     SSLFAST_CHOOSE(active_isa(), sinkhorn_fill(p, at<void>(out)));
   }

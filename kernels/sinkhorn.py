@@ -27,10 +27,10 @@ def over_classes(
             t += tl.load(v_ptr + k, k < classes, 0.0)
         t = tl.where(k < classes, t, float("-inf"))
         above = tl.maximum(top, tl.max(t, 0))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(t - base), 0)
+        base = tl.where(tl.abs(above) == float("inf"), 0.0, above)
+        total = total * tl.exp2(tl.where(top == above, 0.0, top - base)) + tl.sum(tl.exp2(t - base), 0)
         top = above
-    out = tl.where(top == float("-inf"), top, top + tl.log2(total))
+    out = tl.where(tl.abs(top) == float("inf"), top, top + tl.log2(total))
     if U:
         out += tl.load(u_ptr + i)
     tl.store(out_ptr + i, out)
@@ -55,10 +55,12 @@ def over_rows(
             t += tl.load(u_ptr + i, i < rows, 0.0)[:, None]
         t = tl.where(inside, t, float("-inf"))
         above = tl.maximum(top, tl.max(t, 0))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(t - base[None, :]), 0)
+        base = tl.where(tl.abs(above) == float("inf"), 0.0, above)
+        total = total * tl.exp2(tl.where(top == above, 0.0, top - base)) + tl.sum(
+            tl.exp2(t - base[None, :]), 0
+        )
         top = above
-    out = tl.where(top == float("-inf"), top, top + tl.log2(total))
+    out = tl.where(tl.abs(top) == float("inf"), top, top + tl.log2(total))
     if V:
         out += tl.load(v_ptr + k, k < classes, 0.0)
     tl.store(part_ptr + j.to(tl.int64) * classes + k, out, k < classes)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sslfast.train import attention, augment, data, distillation, loop, methods, optim
 from sslfast.train.heads import DINOHead, Network
 from sslfast.train.methods import Now
+from sslfast.train.monitor import CollapseMonitor
 from sslfast.train.vit import ViT, set_drop_path
 
 CPU = torch.device("cpu")
@@ -281,6 +282,33 @@ def test_masks_have_one_total_and_weights_by_image():
     assert 0.1 * 196 <= count.sum() or grid == (2, 2)
 
 
+def test_frozen_prototypes_keep_their_norms_too(tmp_path):
+    model, _ = build(tmp_path, fixed_norm=False, freeze_epochs=1)
+    head = model.student.head
+    for step in (0, 10):
+        model.schedule(Now(step, 60, 10), [])
+        assert head.prototypes.requires_grad == head.norms.requires_grad == (step == 10)
+
+
+def test_the_teachers_collapse_is_said():
+    monitor = CollapseMonitor()
+    for entropy, kl, said in (
+        (0.995, 0.001, True),
+        (0.001, 0.001, True),
+        (0.9, 0.001, False),
+        (1, 0.5, False),
+    ):
+        assert bool(monitor.warning({"teacher_entropy": entropy, "kl": kl})) == said
+
+
+def test_rising_is_the_official_table():
+    for epochs in (0, 1, 2, 5):
+        for epoch in range(7):
+            expected = plain_dino.teacher_temp(epoch, 0.04, 0.07, epochs)
+            if epochs != 1 or epoch == 0:
+                assert distillation.rising(0.04, 0.07, epoch, epochs) == pytest.approx(expected)
+
+
 def test_entropy_tells_uniform_from_collapsed():
     prototypes = F.normalize(torch.randn(64, 8), dim=1)
     rows = prototypes[:10].contiguous()
@@ -309,14 +337,21 @@ def test_components_are_the_largest():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("student_temp", 0.0), ("teacher_temp", -1.0), ("momentum", 1.5), ("crop_area", 0.0),
-        ("prototypes", 0), ("local_crops", -1), ("ibot_weight", -1.0), ("centering", "mean"),
+        ("student_temp", 0.0), ("teacher_temp", -1.0), ("momentum", 1.5), 
+        ("prototypes", 1), ("local_crops", -1), ("ibot_weight", -1.0), ("centering", "mean"),
         ("drop_path", 2.0),
     ],
 )  # fmt: skip
 def test_options_are_checked(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: "):
         config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("change", [{"crop_area": 0.05}, {"crop_area": 1.5}, {"local_size": 6}])
+def test_views_are_checked(change, tmp_path):
+    model, cfg = build(tmp_path, backbone="vit_nano", patch_size=4, **change)
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}: "):
+        model.views(cfg, 1, 12)
 
 
 def test_ibot_wants_a_vit(tmp_path):

@@ -114,7 +114,8 @@ def test_ibot_weights_rows_and_divides_by_images():
     "name, change, error",
     [
         ("student_logits", {"student_logits": torch.randn(1, 4, 50), "teacher_logits": ONE}, ValueError),
-        ("student_logits", {"student_logits": []}, TypeError),
+        ("student_logits", {"student_logits": []}, ValueError),
+        ("student_logits", {"student_logits": ONE[:, :0], "teacher_logits": ONE[:, :0]}, ValueError),
         ("student_logits", {"student_logits": torch.randn(4, 50)}, ValueError),
         ("teacher_logits", {"teacher_logits": torch.randn(2, 4, 51)}, ValueError),
         ("teacher_logits", {"teacher_logits": torch.randn(2, 5, 50)}, ValueError),

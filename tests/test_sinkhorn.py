@@ -26,6 +26,10 @@ def test_is_the_textbooks(rows, classes, iterations, backend):
     torch.testing.assert_close(found, plain_dino.sinkhorn(logits, 0.3, iterations), rtol=1e-10, atol=1e-14)
 
 
+def test_one_prototype_of_any_stride_takes_all():
+    assert torch.equal(sinkhorn_knopp(torch.randn(3, 5).t()[:, :1], 0.1), torch.ones(5, 1))
+
+
 def test_rows_sum_to_one_and_prototypes_share_them():
     logits = torch.randn(500, 20) + 3 * torch.randn(20)  # some prototypes are liked by all
     found = sinkhorn_knopp(logits, 0.5, 50)

@@ -72,7 +72,7 @@ def dino_head_loss(
     student_temp: float = 0.1,
     teacher_temp: float = 0.04,
 ) -> Tensor:
-    """`dino_loss` of the logits features @ prototypes.T, which never exist: memory is linear in S B + K.
+    """`dino_loss` of the logits features @ prototypes.T, which never exist as a whole.
 
     Args:
         student_features: [S, B, D], or S tensors [B, D]: what goes into the head's last layer. The first T
@@ -150,13 +150,17 @@ def _pairs(name: str, student: Tensor, teacher: Tensor) -> int:
 
 def _stacked(name: str, views: Views) -> Tensor:
     if not isinstance(views, Tensor):
-        if not isinstance(views, Sequence) or not views:
+        if not isinstance(views, Sequence):
             raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(views).__name__}")
+        if not views:
+            raise ValueError(f"{name}: expected at least one view, got none")
         for i, view in enumerate(views):
             check_tensor(f"{name}[{i}]", view, FLOATS, (None, None))
             check_tensor(f"{name}[{i}]", view, (views[0].dtype,), tuple(views[0].shape), views[0])
         views = torch.stack(list(views))
     check_tensor(name, views, FLOATS, (None, None, None))
+    if not views.shape[1]:
+        raise ValueError(f"{name}: expected at least one image, got shape {list(views.shape)}")
     if not views.shape[2]:
         raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {list(views.shape)}")
     return views
@@ -246,6 +250,10 @@ class DINOLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("num_prototypes", num_prototypes, 1)
+        for name, x in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
+            check_temperature(name, number(name, x))
+        if not 0 <= number("center_momentum", center_momentum) <= 1:
+            raise ValueError(f"center_momentum: expected a number in [0, 1], got {center_momentum}")
         self.student_temp, self.teacher_temp = student_temp, teacher_temp
         self.center_momentum, self.inplace_backward, self.group = center_momentum, inplace_backward, group
         self.register_buffer("center", torch.zeros(num_prototypes))

@@ -52,7 +52,7 @@ def sinkhorn_knopp(
 
     exp(logits / temperature), scaled in turns so that all prototypes have equal sums over the rows, of all
     processes where torch.distributed runs, and each row sums to 1. Scaling factors are kept as logarithms, so
-    no temperature overflows, and the logits are read twice per iteration and never copied.
+    no temperature overflows; logits with contiguous classes are read twice per iteration and never copied.
 
     Args:
         teacher_logits: [R, K] of any floating dtype. They carry no gradient. Processes may have different R.
@@ -88,6 +88,7 @@ def _balance(
         prototypes, classes = prototypes.to(logits.dtype), len(prototypes)
     if not classes:
         raise ValueError(f"teacher_logits: expected at least one prototype, got shape {list(logits.shape)}")
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     scale = 1.0 / temperature
     v, u = logits.new_zeros(classes, dtype=working_dtype(logits)), None
     for _ in range(iterations):
@@ -107,6 +108,6 @@ def _all_processes(lse: Tensor, group: distributed.ProcessGroup | None) -> Tenso
         return lse
     top = lse.clone()
     distributed.all_reduce(top, distributed.ReduceOp.MAX, group=group)
-    total = (lse - top).exp()
+    total = torch.where(top == -torch.inf, 1.0, (lse - top).exp())
     distributed.all_reduce(total, group=group)
     return top + total.log()

@@ -90,10 +90,12 @@ class _Walk:
 
     def states(self) -> tuple[Tensor, Tensor]:
         """Of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them."""
-        found = [self.kernels.forward(*given, *self.options)[1::2] for _, _, given in self.chunks()]
-        both = (torch.stack(parts) for parts in zip(*found, strict=True))
-        first, second = (_merge(x, s) for x, s in zip(both, self.options, strict=False))
-        return first, second
+        both: tuple[Tensor, ...] = ()
+        for _, _, given in self.chunks():
+            found = self.kernels.forward(*given, *self.options)[1::2]
+            pairs = zip(both, found, self.options, strict=False)
+            both = tuple(_merge(torch.stack((x, y)), scale) for x, y, scale in pairs) if both else found
+        return both[0], both[1]
 
     def losses(self, state: Tensor, target_state: Tensor) -> Tensor:
         """[S, B]"""
@@ -109,7 +111,7 @@ class _Walk:
         wider."""
         df = torch.zeros_like(self.features, dtype=upstream.dtype)
         kind = torch.promote_types(self.prototypes.dtype, upstream.dtype)
-        dw = torch.empty_like(self.prototypes, dtype=kind) if trained else df.new_empty(0)
+        dw = df.new_empty(self.prototypes.shape if trained else 0, dtype=kind)
         for some, w, given in self.chunks():
             self._meet(upstream, given, state, target_state)
             weights = given[0].flatten(0, 1).to(w.dtype)
@@ -128,10 +130,12 @@ class _Walk:
 
 
 def _merge(states: Tensor, scale: float) -> Tensor:
-    """States [C, S, B, 2] of chunks -> of whole rows [S, B, 2]."""
+    """States [C, S, B, 2] of chunks -> of both together [S, B, 2]."""
     tops, sums = states.unbind(3)
     top = tops.amin(0) if scale < 0 else tops.amax(0)
-    total = (sums + (tops - top) * (scale * LOG2E)).exp2().sum(0)
+    powers = sums + torch.where(tops == top, 0.0, tops - top) * (scale * LOG2E)
+    weightless = tops * scale == -torch.inf  # a chunk that is masked out
+    total = powers.masked_fill(weightless & (tops != top), -torch.inf).exp2().sum(0)
     return torch.stack((top, total.log2()), 2)
 
 
@@ -151,8 +155,8 @@ def _implementation(backend: str):
 
     def backward(upstream, state, target_state, trained, features, prototypes, target_features, *others):
         # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves
-        # the largest of them, T, just room.
-        gain = 2.0 ** (14 - len(target_features).bit_length())
+        # the largest of them, |scale| T, just room.
+        gain = 2.0 ** (14 - len(target_features).bit_length()) / max(abs(others[2]), 1e-30)
         unit = upstream.abs().amax().clamp(min=1e-30) / gain
         with torch.autocast(features.device.type, enabled=False):
             walk = _Walk(backend, features, prototypes, target_features, *others)

@@ -31,7 +31,8 @@ def _cpu(logits: Tensor, v: Tensor | None, u: Tensor | None, scale: float, over:
     out = logits.new_empty(_shape(logits, over), dtype=work)
     at, strides = _backend.strided("logits", logits, logits.dtype, (rows, classes), device)
     _C.sinkhorn(
-        over, rows, classes, (at, *strides), _backend.CODES[logits.dtype], scale,
+        over, rows, classes, (at, strides[0], 1 if classes == 1 else strides[1]),
+        _backend.CODES[logits.dtype], scale,
         _backend.pointer("v", v, work, (classes,), device), _backend.pointer("u", u, work, (rows,), device),
         _backend.pointer("out", out, work, out.shape, device), torch.get_num_threads(),
     )  # fmt: skip
@@ -41,6 +42,9 @@ def _cpu(logits: Tensor, v: Tensor | None, u: Tensor | None, scale: float, over:
 def _triton(logits: Tensor, v: Tensor | None, u: Tensor | None, scale: float, over: str) -> Tensor:
     from sslfast.kernels import sinkhorn as kernels
 
+    (rows, classes), work, device = logits.shape, working_dtype(logits), logits.device
+    _backend.pointer("v", v, work, (classes,), device)
+    _backend.pointer("u", u, work, (rows,), device)
     with _backend.device_of(logits):
         return kernels.launch(logits, v, u, scale, over)
 

@@ -76,6 +76,8 @@ def multi_crop(
         image_size, crop_size: sides of global and local views in pixels.
         area: share of an image that global views have at least, and local ones, of at least 0.05, at most.
     """
+    if not 0.1 <= area <= 1:
+        raise ValueError(f"crop_area: expected a number in [0.1, 1], got {area}")
     if preset == "mnist":
         local: nn.Module = nn.Sequential(_mnist(), _crop((area / 2, area), crop_size, bicubic=False))
         globals_: list[nn.Module] = [_mnist()]
@@ -88,9 +90,11 @@ def multi_crop(
     return _MultiCrop(_Views(globals_, copies=2 // len(globals_)), _Views([local], crops))
 
 
-def local_size(image_size: int, patch: int) -> int:
-    """Side of a small crop: three sevenths of the image's (96 for 224), in whole patches."""
-    return max(1, round(image_size * 3 / 7 / patch)) * patch
+def local_size(image_size: int, patch: int | None, wanted: int) -> int:
+    """Side of a small crop: `wanted`, or for 0 three sevenths of the image's, 96 of 224, in whole patches."""
+    if wanted % (patch or 1):
+        raise ValueError(f"local_size: expected a multiple of the patch, {patch}, got {wanted}")
+    return wanted or max(1, round(image_size * 3 / 7 / (patch or 4))) * (patch or 4)
 
 
 class _MultiCrop(nn.Module):

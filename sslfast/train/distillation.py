@@ -1,6 +1,7 @@
 """Self-distillation: losses of a student and a teacher by DINO (Caron et al. 2021) and DINOv2 (Oquab et al.
 2023)."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -42,8 +43,10 @@ class PrototypeLoss(nn.Module):
         teacher_temp: Tensor,
         weights: Tensor | None = None,
         images: int = 1,
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, entropy of the teacher's assignments in nats).
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and, of images, metrics: entropy of the teacher's assignments relative to ln K and their
+        divergence from the student's, both of some of the rows where there are many logits, and the centre's
+        norm.
 
         Args:
             student, teacher: features [S, B, D] and [T, B, D]; with weights [R], of patches [R, D].
@@ -61,14 +64,19 @@ class PrototypeLoss(nn.Module):
             loss = dino_head_loss(*both, self.student_temp, 1.0)
         else:
             loss = ibot_head_loss(*both, weights, images, self.student_temp, 1.0)
-        entropy = _entropy(rows, teacher_prototypes, center)
+        metrics = {}
+        if weights is None:
+            entropy = _entropy(rows, teacher_prototypes, center)
+            metrics["teacher_entropy"] = entropy / math.log(len(center))
+            metrics["kl"] = loss.detach() - entropy
+            metrics["center_norm"] = center.norm() * teacher_temp
         if self.training and self.centering == "center":
             update_center_(self.center, teacher, self.momentum, prototypes=teacher_prototypes)
-        return loss, entropy
+        return loss, metrics
 
 
 @torch.no_grad()
-def _entropy(rows: Tensor, prototypes: Tensor, center: Tensor, logits: int = 1 << 18) -> Tensor:
+def _entropy(rows: Tensor, prototypes: Tensor, center: Tensor, logits: int = 1 << 20) -> Tensor:
     """Mean entropy of softmax(rows @ prototypes.T - center), over as many rows as have so many logits."""
     step = -(-len(rows) * len(prototypes) // logits)
     with torch.autocast(rows.device.type, enabled=False):
@@ -107,11 +115,8 @@ class Distillation(nn.Module):
             others, other_patches = teacher(views[:2])
             target = teacher.head(others.flatten(0, 1)).unflatten(0, (2, batch))
         prototypes = student.head.weight(), teacher.head.weight()
-        loss, entropy = self.images(embedded, prototypes[0], target, prototypes[1], teacher_temp)
-        metrics = {
-            "teacher_entropy": entropy / math.log(len(self.images.center)), "kl": loss - entropy,
-            "center_norm": self.images.center.norm(), "embeddings": embedded[0], "targets": target[1],
-        }  # fmt: skip
+        loss, metrics = self.images(embedded, prototypes[0], target, prototypes[1], teacher_temp)
+        metrics |= {"embeddings": embedded[0], "targets": target[1]}
         if masked is not None:
             assert student.patch_head is not None and teacher.patch_head is not None
             _, places, weights = masked
@@ -131,7 +136,9 @@ class Distillation(nn.Module):
 
 def rising(start: float, end: float, epoch: int, epochs: int) -> float:
     """From start in epoch 0 to end in the last of `epochs`, in equal steps."""
-    return end if epoch >= epochs - 1 else start + (end - start) * epoch / (epochs - 1)
+    if not epochs:
+        return end
+    return start + (end - start) * min(1.0, epoch / max(1, epochs - 1))
 
 
 def draw_masks(images: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,12 +150,20 @@ def draw_masks(images: int, grid: tuple[int, int], device: torch.device) -> tupl
     Returns:
         mask [N, L], places of its R ones in it, and for each 1 / ones of that image [R].
     """
-    length, some = grid[0] * grid[1], max(1, images // 2)
-    shares = [0.1 + 0.4 * (i + 0.5) / some for i in range(some)]
-    numbers = [max(1, round(length * share)) for share in shares] + [0] * (images - some)
-    counts = torch.tensor(numbers, device=device)[torch.randperm(images, device=device)]
+    length = grid[0] * grid[1]
+    counts, total = _counts(images, length, device)
+    counts = counts[torch.randperm(images, device=device)]
     mask = block_patch_mask(
         images, grid, ratio_range=(min(0.5, 4 / length), 0.5), aspect_range=(0.3, 1 / 0.3), num_masked=counts
     )
-    places = mask.flatten().argsort(descending=True, stable=True)[: sum(numbers)]
+    places = mask.flatten().argsort(descending=True, stable=True)[:total]
     return mask, places, counts[places // length].double().reciprocal()
+
+
+@functools.lru_cache(8)
+def _counts(images: int, length: int, device: torch.device) -> tuple[Tensor, int]:
+    """Masked patches of each image, and of all; copied to the device once."""
+    some = max(1, images // 2)
+    shares = [0.1 + 0.4 * (i + 0.5) / some for i in range(some)]
+    numbers = [max(1, round(length * share)) for share in shares] + [0] * (images - some)
+    return torch.tensor(numbers, device=device), sum(numbers)

@@ -73,8 +73,8 @@ class Network(nn.Module):
     def forward(self, views: Sequence[Tensor], mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(features [V, B, dim], with a patch_head also patches' tokens of the global views [2 B L, dim]).
 
-        Views of the same size go through the encoder together. mask: [2 B, L], 1 where it sees the mask token
-        in place of a patch.
+        Global views go through the encoder together, and local ones of the same size. mask: [2 B, L], 1 where
+        it sees the mask token in place of a patch.
         """
         features, patches = list[Tensor](), None
         sizes = groupby(enumerate(views), lambda view: (view[0] < 2, view[1].shape[-2:]))
@@ -90,10 +90,11 @@ class Network(nn.Module):
         return torch.cat(features).unflatten(0, (len(views), -1)), patches
 
     def train_prototypes(self, on: bool) -> None:
-        """Whether they get gradients, of every head."""
+        """Whether they and their norms get gradients, of every head."""
         for head in (self.head, self.patch_head):
-            if head is not None:
-                head.prototypes.requires_grad_(on)
+            for p in (head.prototypes, head.norms) if head is not None else ():
+                if p is not None:
+                    p.requires_grad_(on)
 
 
 def network(encoder: nn.Module, sizes: tuple[int, int, int, int, int, bool], ibot_head: str) -> Network:

@@ -77,7 +77,7 @@ def train(method: str, cfg: TrainConfig) -> Path:
             measured = monitor.read()
             if cfg.knn_every and (epoch + 1) % cfg.knn_every == 0:
                 measured["knn"] = evaluate.online_knn(model.encoder, dataset, device, cfg.workers)
-            log.end_epoch(rate, measured, monitor.warning())
+            log.end_epoch(rate, measured, monitor.warning(log.means()))
             monitor.reset()
             run.save(done)
             interruption.stop_here()

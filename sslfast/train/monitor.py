@@ -1,5 +1,7 @@
 """Collapse, in numbers and in words: are the embeddings of different images still different?"""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,8 +58,18 @@ class CollapseMonitor:
             measured["teacher_contrast"] = same - (mean @ self.targets.cpu()).item() / self.count
         return measured
 
-    def warning(self) -> str | None:
-        """What is wrong, in words; None when nothing is."""
+    def warning(self, metrics: Mapping[str, float] | None = None) -> str | None:
+        """What is wrong, in words; None when nothing is.
+
+        metrics: means of the epoch, of which "teacher_entropy" and "kl" are looked at: assignments that are
+        the same for all images, to all prototypes evenly or to one, have nothing left to teach.
+        """
+        entropy, kl = ((metrics or {}).get(name) for name in ("teacher_entropy", "kl"))
+        if entropy is not None and kl is not None and abs(kl) < 0.01 and not 0.01 < entropy < 0.99:
+            return (
+                f"the teacher's assignments have collapsed (entropy {entropy:.3f} of ln K, divergence "
+                f"{kl:.2g}). Try --centering sinkhorn, a lower teacher's temperature, or another momentum"
+            )
         measured = self.read()
         if not measured:
             return None

@@ -23,8 +23,7 @@ class Config(TrainConfig):
     """DINO (Caron et al. 2021), for small runs. DINOv2: --ibot-weight 1 --koleo-weight 0.1.
 
     The paper's ViT-S: --backbone vit_small --patch-size 16 --image-size 224 --local-crops 8 --hidden-dim 2048
-    --prototypes 65536 --momentum 0.996 --centering center --teacher-temp 0.04 --drop-path 0.1
-    --warmup-epochs 10, learning rate 5e-4 per 256 images.
+    --prototypes 65536 --momentum 0.996 --centering center --teacher-temp 0.04 --drop-path 0.1.
     """
 
     batch_size: int = 64
@@ -52,18 +51,18 @@ class Config(TrainConfig):
     final_weight_decay: float = 0.4  # on a cosine
     clip_norm: float = 3.0  # greatest norm of the gradient of each parameter; 0: not clipped
     drop_path: float = 0.0  # of the last block of a student that is a ViT
-
     recipe = "dino"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("crop_area", "student_temp", "teacher_temp")
-        self.check_share("crop_area", "momentum", "center_momentum", "drop_path")
+        self.check_positive("student_temp", "teacher_temp")
+        self.check_share("momentum", "center_momentum", "drop_path")
         self.check_at_least(
             0, "local_crops", "local_size", "freeze_epochs", "teacher_temp_epochs", "ibot_weight",
             "koleo_weight", "final_weight_decay",
         )  # fmt: skip
-        self.check_at_least(1, "prototypes", "hidden_dim", "bottleneck_dim", "head_layers")
+        self.check_at_least(1, "hidden_dim", "bottleneck_dim", "head_layers")
+        self.check_at_least(2, "prototypes")
 
 
 def build(cfg: Config, channels: int, size: int) -> Method:
@@ -83,8 +82,8 @@ class DINO(Method):
         self.student, self.cfg = student, cfg
         self.teacher = EMATeacher(student, cfg.momentum, buffers="keep")
         set_drop_path(student.encoder, cfg.drop_path)
-        loss = cfg.prototypes, cfg.student_temp, cfg.centering, cfg.center_momentum
-        self.losses = Distillation(*loss, cfg.ibot_weight, cfg.koleo_weight)
+        own = cfg.prototypes, cfg.student_temp, cfg.centering, cfg.center_momentum
+        self.losses = Distillation(*own, cfg.ibot_weight, cfg.koleo_weight)
         self.register_buffer("momentum", torch.tensor(cfg.momentum, dtype=torch.float64))
         self.register_buffer("teacher_temp", torch.tensor(cfg.teacher_temp))
 
@@ -93,9 +92,10 @@ class DINO(Method):
         return self.teacher.model.encoder  # type: ignore[return-value]
 
     def views(self, cfg: TrainConfig, channels: int, size: int) -> nn.Module:
-        ours, patch = self.cfg, getattr(self.encoder, "patch_size", 4)
-        crops = ours.local_crops, ours.local_size or augment.local_size(size, patch), ours.crop_area
-        return augment.multi_crop(cfg.resolve_augment(), size, channels, *crops)
+        ours = self.cfg
+        local = augment.local_size(size, getattr(self.encoder, "patch_size", None), ours.local_size)
+        sizes = size, channels, ours.local_crops, local
+        return augment.multi_crop(cfg.resolve_augment(), *sizes, ours.crop_area)
 
     def schedule(self, now: Now, groups: list[dict]) -> None:
         cfg = self.cfg
