@@ -323,6 +323,7 @@ def test_an_update_reads_nothing_from_the_device(method, tmp_path):
 def test_a_compiled_step_trains_like_an_eager_one(method, images, tmp_path):
     torch._dynamo.reset()
     options = dict(epochs=1, optimizer="sgd")  # AdamW would divide the rounding of a zero gradient by itself
+    options |= {"local_crops": 0} if method == "dino" else {}  # one resolution to compile
     runs = [config(method, tmp_path / str(c), images, compile=c, **options) for c in (False, True)]
     for cfg in runs:
         loop.train(method, cfg)
