@@ -88,6 +88,7 @@ EPILOGUES: dict[str, tuple[object, dict]] = {
         similarity_lse_tiles.tile_weights,
         {**_TILES, "C_TERM": True, "DBIAS": False, "GAIN": 0},
     ),
+    "tile_bce": (similarity_lse_tiles.tile_bce, _TILES),
 }
 
 

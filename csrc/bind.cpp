@@ -95,18 +95,32 @@ class SimilarityLseTiles {
     kernels_.backward_tile(p_, at<T>(tile), r0, rows, c0, cols);
   }
 
+  // g [m]: gradients of the row sums, read while tiles come; sums [2, m]: of terms and of weights, filled here.
+  void begin_bce(uintptr_t g, uintptr_t sums) {
+    p_.row_weight = at<T>(g), p_.term_sum = at<T>(sums), p_.weight_sum = p_.term_sum + p_.m;
+    std::fill_n(p_.term_sum, 2 * p_.m, T(0));
+    stage_ = Stage::bce;
+  }
+
+  void bce(uintptr_t tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
+    check(Stage::bce, r0, rows, c0, cols);
+    py::gil_scoped_release unlocked;
+    bce_tile_(p_, at<T>(tile), r0, rows, c0, cols);
+  }
+
   bool safe() const { return p_.safe; }
 
  private:
-  enum class Stage { prepared, forward, backward };
+  enum class Stage { prepared, forward, backward, bce };
 
   void check(Stage stage, int64_t r0, int64_t rows, int64_t c0, int64_t cols) const {
-    if (stage != stage_) throw std::logic_error("begin_forward or begin_backward comes first");
+    if (stage != stage_) throw std::logic_error("begin_forward, begin_backward or begin_bce comes first");
     const bool inside = r0 >= 0 && rows >= 0 && rows <= p_.m - r0 && c0 >= 0 && cols >= 0 && cols <= p_.n - c0;
     if (!inside || cols > max_cols_) throw std::out_of_range("tile outside of the matrix");
   }
 
   const SimilarityLseKernels<T>& kernels_;
+  const BceTile<T> bce_tile_ = bce_tile_kernel<T>(active_isa());
   SimilarityLse<T> p_{};
   std::vector<T> scratch_;
   int64_t max_cols_;
@@ -127,6 +141,8 @@ void bind_similarity_lse(py::module_& m, const char* name) {
       .def("finish_forward", &Tiles::finish_forward)
       .def("begin_backward", &Tiles::begin_backward)
       .def("backward", &Tiles::backward)
+      .def("begin_bce", &Tiles::begin_bce)
+      .def("bce", &Tiles::bce)
       .def_property_readonly("safe", &Tiles::safe);
 }
 

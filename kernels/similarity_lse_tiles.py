@@ -1,5 +1,6 @@
 """Triton epilogues of `similarity_lse`'s chunked form: a library's matrix product leaves a tile of <a_i, b_j>
-in float32 in the L2 cache, and these reduce it to sums (forward) or turn it into gradient weights (backward).
+in float32 in the L2 cache, and these reduce it to sums (forward) or turn it into gradient weights (backward);
+`tile_bce`, that of `similarity_bce`, does both.
 
 Base-2 logits, range and upstream unit as in kernels/similarity_lse.py, whose `pack` and `weights` come first.
 """
@@ -142,3 +143,51 @@ def upstream_unit(out_ptr, scale_ptr, state_ptr, slots, H: tl.constexpr, GAIN: t
     unit = _upstream_unit(state_ptr, slots, H) * tl.exp2(tl.full([], -GAIN, tl.float32))
     tl.store(out_ptr, unit)
     tl.store(out_ptr + 1, unit * tl.load(scale_ptr))
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for 0 <= u <= 1: 2 atanh(q), q = u / (2 + u), by a polynomial of relative error 4e-9."""
+    q = u / (2.0 + u)
+    x = q * q
+    p = 0.14078889181554540 * x + 0.13982578872598634
+    p = p * x + 0.20012297615351874
+    p = p * x + 0.33333160820688887
+    return 2.0 * q * (p * x + 1.0)
+
+
+@triton.jit(do_not_specialize=("r_first", "r_end", "c_first", "c_end", "slots"))
+def tile_bce(
+    tile_ptr, out_ptr, tile_stride, r_first, r_end, c_first, c_end, m_padded, n_padded, a_ids_ptr, b_ids_ptr,
+    a_ranges_ptr, b_ranges_ptr, offset_ptr, scale_ptr, state_ptr, slots, coef_ptr, row_ptr, row_slot,
+    TWO: tl.constexpr, SELF: tl.constexpr, BIASED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Grid as `tile_sums`. With t_ij the logit, negated where the ids are equal: row [2, column block,
+    row_slot] = per row (sum of log(1 + e^t), sum of the weights +-1 / (1 + e^-t)); out (may be the tile) = G
+    = coef_r times the weights."""
+    factor, _ = _bound(scale_ptr, state_ptr, slots, TWO)
+    ri, ci = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
+    r0, c0 = r_first + tl.program_id(1) * R, c_first + tl.program_id(0) * C
+    r, c = r_first + ri, c_first + ci
+    inside = (r < r_end)[:, None] & (c < c_end)[None, :]
+    place = ri[:, None] * tile_stride + ci[None, :]
+    t = tl.load(tile_ptr + place, inside, other=0.0) * factor
+    if BIASED:
+        t += tl.load(offset_ptr + c, c < c_end, other=0.0)[None, :]
+    sign = tl.full([R, C], 1.0, tl.float32)
+    low, high = _own_ids(a_ranges_ptr, m_padded, r0, IDS, SAME, R)
+    if _touched(r0, c0, r_end, c_end, low, high, b_ranges_ptr, n_padded, SELF, False, IDS, SAME, R, C):
+        ok = _allowed(r, c, r_end, c_end, a_ids_ptr, b_ids_ptr, SELF, False, IDS, SAME)
+        sign = tl.where(ok, 1.0, -1.0)
+    t *= sign
+    u = tl.exp2(-tl.abs(t))
+    rest = u / (1.0 + u)  # the smaller of the two probabilities
+    terms = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL) * LN2 + _log1p(u)
+    weights = tl.where(t > 0, 1.0 - rest, rest) * sign
+    row_place = row_ptr + tl.program_id(0) * row_slot + ri
+    tl.store(row_place, tl.sum(tl.where(inside, terms, 0.0), 1), r < r_end)
+    row_plane = tl.num_programs(0) * row_slot
+    tl.store(row_place + row_plane, tl.sum(tl.where(inside, weights, 0.0), 1), r < r_end)
+    coef = tl.load(coef_ptr + r, r < r_end, other=0.0)[:, None]
+    tl.store(out_ptr + place, _to(weights * coef, out_ptr.dtype.element_ty), inside)

@@ -1,6 +1,6 @@
-// Epilogues of the blocked `similarity_lse`: the caller multiplies a block of rows of a by a block of rows of b
-// (tile = a[r0:r0+rows] b[c0:c0+cols]^T, row-major), and these turn the tile into row and column log-sum-exps
-// (forward) or, in place, into the weights of the gradient's matrix products (backward).
+// Epilogues of the blocked `similarity_lse` and `similarity_bce`: the caller multiplies a block of rows of a by a block
+// of rows of b (tile = a[r0:r0+rows] b[c0:c0+cols]^T, row-major), and these turn the tile into row and column
+// log-sum-exps (forward) or, in place, into the weights of the gradient's matrix products (backward).
 //
 // All logits below are in base 2: t_ij = log2(e) (scale <a_i, b_j> + bias_j), over the allowed pairs.
 //   safe range    |t| < 58 is known from the norms: one 2^t serves rows, columns and gradients, nothing subtracted
@@ -40,6 +40,10 @@ struct SimilarityLse {
   T *col_weight = nullptr, *col_shift = nullptr;  // [n]
   T* dbias = nullptr;                             // [n] or null: accumulates the column sums of G
 
+  // Binary cross-entropies (`similarity_bce`), added to per row: their sums, and those of the weights y sigmoid(y s),
+  // which times row_weight_i are G.
+  T *term_sum = nullptr, *weight_sum = nullptr;  // [m]
+
   // Room for each thread to work in: `scratch_size` elements per thread.
   T* scratch = nullptr;
   static int64_t scratch_size(int64_t max_cols) { return 6 * max_cols; }
@@ -60,11 +64,21 @@ struct SimilarityLseKernels {
   void (*exp2)(const T* x, T* y, int64_t count);
 };
 
+// The epilogue of `similarity_bce`: adds a tile to term_sum and weight_sum, and makes it G.
+template <class T>
+using BceTile = void (*)(const SimilarityLse<T>&, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
+
 SSLFAST_PER_ISA(template <class T> const SimilarityLseKernels<T>& similarity_lse();)
+SSLFAST_PER_ISA(template <class T> BceTile<T> similarity_bce();)
 
 template <class T>
 const SimilarityLseKernels<T>& similarity_lse_kernels(Isa isa) {
   return SSLFAST_CHOOSE(isa, similarity_lse<T>());
+}
+
+template <class T>
+BceTile<T> bce_tile_kernel(Isa isa) {
+  return SSLFAST_CHOOSE(isa, similarity_bce<T>());
 }
 
 }  // namespace sslfast

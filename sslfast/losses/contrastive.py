@@ -8,10 +8,23 @@ which keeps its digits where `lse_all - s_p` cancels: on aligned pairs at a low 
 below the rounding error of its logits.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.losses._common import (
+    check_reduction,
+    check_sides,
+    compare_dtype,
+    minus,
+    normalized,
+    reduced,
+    softplus,
+    sums_by_id,
+    view_stack,
+)
 from sslfast.ops import similarity_lse
 from sslfast.ops._check import (
     FLOATS,
@@ -22,9 +35,7 @@ from sslfast.ops._check import (
     number,
     working_dtype,
 )
-from sslfast.ops.pair_rows import EPS, pair_rows
-
-REDUCTIONS = ("mean", "sum", "none")
+from sslfast.ops.pair_rows import pair_rows
 
 
 def ntxent_reference(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -59,23 +70,23 @@ def ntxent_loss(
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z1 first.
 
     Returns:
-        float32 (float64 for float64 input). A row without negatives has loss 0.
+        float32 (float64 for float64 input). A row without negatives has loss 0; an empty batch a mean of NaN.
 
     Raises:
         TypeError, ValueError: an invalid argument; the message names it.
     """
-    n = _check_sides("z1", z1, "z2", z2)
+    n = check_sides("z1", z1, "z2", z2)
     scale = inverse_temperature("temperature", temperature, z1)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z1)
         ids = ids.repeat(2)
     else:
         ids = torch.arange(2 * n, device=z1.device).remainder_(n) if n else z1.new_empty(0, dtype=torch.int64)
-    z, positive = pair_rows(z1, z2, normalize, _compare_dtype(z1))
+    z, positive = pair_rows(z1, z2, normalize, compare_dtype(z1))
     negatives = similarity_lse(z, scale=scale, a_ids=ids)
-    terms = _softplus(_minus(negatives.view(2, n), positive, scale))
-    return _reduce(terms.view(-1), reduction)
+    terms = softplus(minus(negatives.view(2, n), positive, scale))
+    return reduced(terms.view(-1), reduction)
 
 
 def info_nce_loss(
@@ -109,14 +120,15 @@ def info_nce_loss(
         [N].
 
     Returns:
-        float32 (float64 for float64 input). A query without negatives has loss 0.
+        float32 (float64 for float64 input). A query without negatives has loss 0; an empty batch a mean of
+        NaN.
 
     Raises:
         TypeError, ValueError: an invalid argument; the message names it.
     """
-    n = _check_sides("query", query, "key", key)
+    n = check_sides("query", query, "key", key)
     scale = inverse_temperature("temperature", temperature, query)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     if not 0 <= number("label_smoothing", label_smoothing) < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     number("margin", margin)
@@ -135,7 +147,7 @@ def info_nce_loss(
         shape = (n, None, query.shape[1]) if per_query else (None, query.shape[1])
         check_tensor("negatives", negatives, (query.dtype,), shape, query)
 
-    dtype = _compare_dtype(query)
+    dtype = compare_dtype(query)
     z, positive = pair_rows(query, key, normalize, dtype)
     q, k = z[:n], z[n:]
     positive = scale * (positive - margin)
@@ -145,14 +157,57 @@ def info_nce_loss(
     elif negatives is None:
         sides = [(q, k, lse)]
     else:
-        negatives = _normalize(negatives, dtype) if normalize else negatives.to(dtype)
+        negatives = normalized(negatives, dtype) if normalize else negatives.to(dtype)
         sides = [(q, k, _logaddexp(lse, _extra_lse(q, negatives, scale)))]
 
-    terms = torch.stack([_softplus(side_lse - positive) for _, _, side_lse in sides]).mean(0)
+    terms = torch.stack([softplus(side_lse - positive) for _, _, side_lse in sides]).mean(0)
     if label_smoothing:
         means = [_mean_logit(own, other, positive, ids, negatives, scale) for own, other, _ in sides]
         terms = terms + label_smoothing * (positive - torch.stack(means).mean(0))
-    return _reduce(terms, reduction, weights)
+    return reduced(terms, reduction, weights)
+
+
+def multiview_ntxent_loss(
+    views: Tensor | Sequence[Tensor],
+    temperature: Tensor | float = 0.5,
+    *,
+    normalize: bool = True,
+    ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """NT-Xent of V views of N images: the mean of its terms over each row's V - 1 positives.
+
+    A positive competes with the rows of other images alone: the other views of its own image are left out of
+    the denominator, where `supcon_loss` of [N, V, D] has them. Two views: `ntxent_loss`.
+
+    Args:
+        views: [V, N, D] stacked or a sequence of [N, D], V at least 2; row i of each from image i.
+        temperature: number or 0-d tensor, of either sign, not 0.
+        normalize: compare by cosine (norms in float32), otherwise by dot product.
+        ids: int64 [N]: images of the same id are not each other's negatives.
+        reduction: "mean" over the V N rows, "sum", or "none": [V, N].
+
+    Returns:
+        float32 (float64 for float64 input). A row without negatives has loss 0; an empty batch a mean of NaN.
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    z = view_stack("views", views, 2)
+    scale = inverse_temperature("temperature", temperature, z)
+    check_reduction(reduction)
+    count, n, _ = z.shape
+    if ids is None:
+        ids = torch.arange(n, device=z.device)
+    else:
+        check_tensor("ids", ids, (torch.int64,), (n,), z)
+    z = normalized(z, compare_dtype(z)) if normalize else z.to(compare_dtype(z))
+    negatives = similarity_lse(z.flatten(0, 1), scale=scale, a_ids=ids.repeat(count)).view(count, n)
+    wide = z.to(working_dtype(z))
+    terms = [
+        softplus(minus(negatives, (wide * wide.roll(shift, 0)).sum(2), scale)) for shift in range(1, count)
+    ]
+    return reduced(torch.stack(terms).mean(0), reduction)
 
 
 class NTXentLoss(nn.Module):
@@ -163,7 +218,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
 
     def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -190,7 +245,7 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
         self.label_smoothing, self.margin, self.reduction = label_smoothing, margin, reduction
 
@@ -214,36 +269,6 @@ class InfoNCELoss(nn.Module):
             f"temperature={self.temperature}, normalize={self.normalize}, symmetric={self.symmetric}, "
             f"label_smoothing={self.label_smoothing}, margin={self.margin}, reduction={self.reduction!r}"
         )
-
-
-def _check_sides(name1: str, x: Tensor, name2: str, y: Tensor) -> int:
-    check_tensor(name1, x, FLOATS, (None, None))
-    check_tensor(name2, y, (x.dtype,), tuple(x.shape), x)
-    return x.shape[0]
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-def _compare_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which rows are compared: autocast's for what it would cast, otherwise the input's."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40)  # beyond it log(1 + e^x) is x to the last bit of a float64
-
-
-def _minus(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
-    return x - scale * y if isinstance(scale, Tensor) else torch.sub(x, y, alpha=scale)
-
-
-def _normalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(x.to(working_dtype(x)), dim=-1, eps=EPS).to(dtype)
 
 
 def _extra_lse(q: Tensor, negatives: Tensor, scale: Tensor | float) -> Tensor:
@@ -277,25 +302,12 @@ def _mean_logit(
     """
     work = working_dtype(own)
     own, other = own.to(work), other.to(work)
-    slot = torch.searchsorted(ids.sort().values, ids)  # one number below N per id
-    per_id = torch.zeros_like(other).index_add(0, slot, other)
-    size = torch.zeros_like(positive).index_add(0, slot, torch.ones_like(positive))
-    total = positive + scale * (own * (other.sum(0) - per_id[slot])).sum(1)
-    count = 1 + len(ids) - size[slot]
+    same, size = sums_by_id(ids, other)
+    total = positive + scale * (own * (other.sum(0) - same)).sum(1)
+    count = 1 + len(ids) - size
     if negatives is not None:
         negatives = negatives.to(work)
         summed = negatives.sum(0) if negatives.dim() == 2 else negatives.sum(1)
         total = total + scale * (own * summed).sum(1)
         count = count + negatives.shape[-2]
     return total / count
-
-
-def _reduce(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
-    if weights is not None:
-        weights = weights.to(terms.dtype)
-        terms = terms * weights
-    if reduction == "none":
-        return terms
-    if reduction == "sum":
-        return terms.sum()
-    return terms.mean() if weights is None else terms.sum() / weights.sum()

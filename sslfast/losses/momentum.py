@@ -4,18 +4,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslfast.losses.contrastive import (
-    _check_reduction,
-    _check_sides,
-    _compare_dtype,
-    _minus,
-    _normalize,
-    _reduce,
-    _softplus,
+from sslfast.losses._common import (
+    check_reduction,
+    check_sides,
+    compare_dtype,
+    minus,
+    normalized,
+    reduced,
+    softplus,
 )
+from sslfast.losses.contrastive import info_nce_loss
 from sslfast.ops import similarity_lse
 from sslfast.ops._check import FLOATS, check_temperature, check_tensor, inverse_temperature, working_dtype
 from sslfast.ops.pair_rows import pair_rows
+
+NEAREST_CHUNK = 1 << 22  # products at a time
 
 
 def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -33,10 +36,10 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") ->
     Raises:
         TypeError, ValueError: an invalid argument; the message names it.
     """
-    _check_sides("prediction", prediction, "target", target)
-    _check_reduction(reduction)
+    check_sides("prediction", prediction, "target", target)
+    check_reduction(reduction)
     _, cosine = pair_rows(prediction, target.detach(), True, working_dtype(prediction))
-    return _reduce(2 - 2 * cosine, reduction)
+    return reduced(2 - 2 * cosine, reduction)
 
 
 def moco_loss(
@@ -67,17 +70,48 @@ def moco_loss(
     Raises:
         TypeError, ValueError: an invalid argument; the message names it.
     """
-    _check_sides("query", query, "key", key)
+    check_sides("query", query, "key", key)
     check_tensor("queue", queue, FLOATS, (None, query.shape[1]), query)
     scale = inverse_temperature("temperature", temperature, query)
-    _check_reduction(reduction)
-    dtype = _compare_dtype(query)
+    check_reduction(reduction)
+    dtype = compare_dtype(query)
     z, positive = pair_rows(query, key.detach(), normalize, dtype)
     queue = queue.detach()
     negatives = similarity_lse(
-        z[: len(query)], _normalize(queue, dtype) if normalize else queue.to(dtype), scale=scale
+        z[: len(query)], normalized(queue, dtype) if normalize else queue.to(dtype), scale=scale
     )
-    return _reduce(_softplus(_minus(negatives, positive, scale)), reduction)
+    return reduced(softplus(minus(negatives, positive, scale)), reduction)
+
+
+def nnclr_loss(
+    nearest: Tensor,
+    prediction: Tensor,
+    temperature: Tensor | float = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """NNCLR's InfoNCE (Dwibedi et al. 2021): the nearest neighbour of image i's one view against predictions.
+
+    The prediction of image i's other view is the positive, those of the other images are the negatives. The
+    paper averages both directions. `KeyQueue.nearest` finds neighbours.
+
+    Args:
+        nearest, prediction: [N, D] floating, row i of both from image i.
+        temperature: number or 0-d tensor, of either sign, not 0.
+        normalize: compare by cosine (norms in float32), otherwise by dot product.
+        reduction: "mean", "sum", or "none": [N].
+
+    Returns:
+        float32 (float64 for float64 input). One image alone has loss 0; an empty batch a mean of NaN.
+
+    Raises:
+        TypeError, ValueError: an invalid argument; the message names it.
+    """
+    check_sides("nearest", nearest, "prediction", prediction)
+    return info_nce_loss(
+        nearest, prediction, temperature=temperature, normalize=normalize, reduction=reduction
+    )
 
 
 class KeyQueue(nn.Module):
@@ -121,10 +155,26 @@ class KeyQueue(nn.Module):
         check_tensor("keys", keys, FLOATS, (None, dim), self.keys)
         batch, kept = len(keys), keys[-size:]
         if self.normalize:
-            kept = _normalize(kept, self.keys.dtype)
+            kept = normalized(kept, self.keys.dtype)
         rows = (self.pointer + torch.arange(batch - len(kept), batch, device=keys.device)) % size
         self.keys.index_copy_(0, rows, kept.to(self.keys.dtype))
         self.pointer.add_(batch).remainder_(size)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """The key with the largest product with each row of x [B, D] floating: NNCLR's neighbours [B, D].
+
+        Raises:
+            TypeError, ValueError: not such a tensor, or on another device; the message names it.
+        """
+        size, dim = self.keys.shape
+        check_tensor("x", x, FLOATS, (None, dim), self.keys)
+        with torch.autocast(x.device.type, enabled=False):
+            found = [
+                (rows @ self.keys.T).argmax(1)
+                for rows in x.to(self.keys.dtype).split(max(1, NEAREST_CHUNK // size))
+            ]
+        return self.keys[torch.cat(found)]
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}, normalize={self.normalize}"
@@ -135,7 +185,7 @@ class BYOLLoss(nn.Module):
 
     def __init__(self, *, reduction: str = "mean") -> None:
         super().__init__()
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.reduction = reduction
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -153,7 +203,7 @@ class MoCoLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
 
     def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:

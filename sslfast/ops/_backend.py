@@ -16,6 +16,7 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 # What each op prefers where nothing is forced; the first backend that can serve the call does.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "similarity_lse": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "similarity_bce": {"cpu": ("cpu",), "cuda": ("triton",)},
     "ema_update_": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
     "random_patch_mask": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
     "block_patch_mask": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},

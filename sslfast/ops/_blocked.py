@@ -13,7 +13,7 @@ G_ji).
 A backend supplies an object with the members of `Tiles`; the driver knows nothing of devices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -27,7 +27,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Tiles(Protocol):
-    """Tiles of one call: a [m, D], b [n, D], products of their rows, and the epilogues.
+    """Tiles of one call: a [m, D], b [n, D], products of their rows, and the epilogues of `similarity_lse`
+    (forward, backward) and of `similarity_bce` (bce).
 
     symmetric: S is; is_self: b is a. tile_rows, tile_cols: size of a tile.
     """
@@ -58,6 +59,12 @@ class Tiles(Protocol):
     def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         """The tile's G, perhaps in its place, and perhaps all G of a call times one constant."""
 
+    def begin_bce(self, g: Tensor) -> None: ...
+    def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        """The tile's G of `similarity_bce`, as `backward`; its terms and weights are added to each row's."""
+
+    def finish_bce(self) -> tuple[Tensor, Tensor]: ...
+
     def total(self, rows: int) -> Tensor:
         """Zeros [rows, D] to accumulate in."""
 
@@ -85,19 +92,36 @@ def backward(
 
     g [m] and h [n] are the gradients of row and col; h is None where columns have no gradient.
     """
-    need_a, need_b, need_scale, need_bias = needs
     if tiles.symmetric and h is not None:
         g, h = g + h, None
+    dbias = g.new_zeros(tiles.n) if needs[3] else None
+    tiles.begin_backward(g, h, row, col, dbias)
+    return *_products(tiles, tiles.backward, needs), None if dbias is None else tiles.unscaled(dbias)
+
+
+def bce(tiles: Tiles, g: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+    """Of `similarity_bce`: row sums [m], and gradients to (a, b, scale, bias), those that `needs` asks for.
+
+    g [m] are the gradients of the row sums. Everything comes of one walk over the tiles.
+    """
+    tiles.begin_bce(g)
+    gradients = _products(tiles, tiles.bce, needs)
+    row, weight = tiles.finish_bce()
+    return row, (*gradients, (g * weight).sum(dtype=torch.float64) if needs[3] else None)
+
+
+def _products(
+    tiles: Tiles, weigh: Callable[..., Tensor], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to (a, b, scale) by the products of each tile's G, which `weigh` makes of it."""
+    need_a, need_b, need_scale, _ = needs
     need_ga = need_b or (tiles.is_self and need_a) or (tiles.symmetric and need_scale)  # G^T a
     need_gb = need_a or tiles.symmetric and need_scale or need_scale and not need_ga  # G b
     # Symmetric tiles give (G + G^T) a in gb alone.
     gb = tiles.total(tiles.m) if need_gb else None
     ga = gb if tiles.symmetric else tiles.total(tiles.n) if need_ga else None
-    dbias = g.new_zeros(tiles.n) if need_bias else None
-
-    tiles.begin_backward(g, h, row, col, dbias)
     for r0, rows, c0, cols in _walk(tiles):
-        weights = tiles.backward(tiles.product(r0, rows, c0, cols), r0, rows, c0, cols)
+        weights = weigh(tiles.product(r0, rows, c0, cols), r0, rows, c0, cols)
         if gb is not None:
             tiles.accumulate(gb[r0 : r0 + rows], weights, tiles.b[c0 : c0 + cols])
         if ga is not None and not (tiles.symmetric and r0 == c0):
@@ -114,7 +138,7 @@ def backward(
         da = tiles.scaled(gb)
     if ga is not None and need_b:
         db = tiles.scaled(ga)
-    return da, db, dscale, None if dbias is None else tiles.unscaled(dbias)
+    return da, db, dscale
 
 
 def _walk(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
@@ -251,3 +275,17 @@ class CpuTiles:
     def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         self._kernels.backward(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)
         return tile
+
+    def begin_bce(self, g: Tensor) -> None:
+        self._g, self._sums = g.contiguous(), self.a.new_empty(2, self.m)
+        self._kernels.begin_bce(
+            self._pointer("g", self._g, self.m), self._pointer("sums", self._sums, 2, self.m)
+        )
+
+    def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        self._kernels.bce(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)
+        return tile
+
+    def finish_bce(self) -> tuple[Tensor, Tensor]:
+        row, weight = self._sums
+        return row, weight

@@ -1,4 +1,5 @@
-"""The chunked form of `similarity_lse` on a GPU: the blocked driver, cuBLAS products and Triton epilogues.
+"""The chunked form of `similarity_lse`, and `similarity_bce`, on a GPU: the blocked driver, cuBLAS products
+and Triton epilogues.
 
 A tile of logits is float32 and stays in the L2 cache between its product and its epilogue.
 """
@@ -120,10 +121,12 @@ class GpuTiles:
         if self.symmetric:  # G_ij + G_ji
             self._col_weights = self._row_weights
         self._dbias = dbias
+        self._measure_upstream()
+
+    def _measure_upstream(self) -> None:
+        p = self.problem
         self._unit = self._buffer.new_empty(2)
-        kernels.upstream_unit[(1,)](
-            self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=self.problem.gain
-        )
+        kernels.upstream_unit[(1,)](self._unit, p.scale, p.state, p.slots, H=p.h is not None, GAIN=p.gain)
 
     def backward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         place = (r0, rows, c0, cols)
@@ -140,6 +143,24 @@ class GpuTiles:
             part = self._col_part[: blocks * self._col_slot].view(blocks, self._col_slot)
             self._dbias[c0 : c0 + cols] += part[:, :cols].sum(0)
         return out
+
+    def begin_bce(self, g: Tensor) -> None:
+        self._measure_upstream()
+        self._coef = g / self._unit[0]
+        self._sums = self._buffer.new_zeros(2, self.m)
+
+    def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
+        place = (r0, rows, c0, cols)
+        out = self._weights[: rows * cols].view(rows, cols) if len(self._weights) else tile
+        shared = self._shared(*place)
+        self._launch(kernels.tile_bce, place, tile, out, *shared, self._coef, self._row_part, self._row_slot)
+        parts = self._row_part[: 2 * -(-cols // self._block.y) * self._row_slot].view(2, -1, self._row_slot)
+        self._sums[:, r0 : r0 + rows] += parts[:, :, :rows].sum(1)
+        return out
+
+    def finish_bce(self) -> tuple[Tensor, Tensor]:
+        row, weight = self._sums
+        return row, weight
 
 
 @functools.lru_cache

@@ -1,0 +1,82 @@
+"""What the losses share: checks of their arguments, and the steps between an op and a reduction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslfast.ops._check import FLOATS, check_tensor, working_dtype
+from sslfast.ops.pair_rows import EPS
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_sides(name1: str, x: Tensor, name2: str, y: Tensor) -> int:
+    check_tensor(name1, x, FLOATS, (None, None))
+    check_tensor(name2, y, (x.dtype,), tuple(x.shape), x)
+    return x.shape[0]
+
+
+def view_stack(name: str, views: Tensor | Sequence[Tensor], fewest: int) -> Tensor:
+    """[V, N, D] of at least `fewest` views, from such a tensor or a sequence of [N, D]."""
+    if isinstance(views, Tensor):
+        check_tensor(name, views, FLOATS, (None, None, None))
+    elif isinstance(views, Sequence) and views:
+        for i, x in enumerate(views):
+            check_sides(f"{name}[0]", views[0], f"{name}[{i}]", x)
+        views = torch.stack(tuple(views))
+    else:
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(views).__name__}")
+    if len(views) < fewest:
+        raise ValueError(f"{name}: expected at least {fewest} views, got {len(views)}")
+    return views
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def compare_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which rows are compared: autocast's for what it would cast, otherwise the input's."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # beyond it log(1 + e^x) is x to the last bit of a float64
+
+
+def minus(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
+    return x - scale * y if isinstance(scale, Tensor) else torch.sub(x, y, alpha=scale)
+
+
+def normalized(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.normalize(x.to(working_dtype(x)), dim=-1, eps=EPS).to(dtype)
+
+
+def reduced(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+    if weights is not None:
+        weights = weights.to(terms.dtype)
+        terms = terms * weights
+    if reduction == "none":
+        return terms
+    if reduction == "sum":
+        return terms.sum()
+    return terms.mean() if weights is None else terms.sum() / weights.sum()
+
+
+def sums_by_id(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of x [N, D], the sum of all rows of its id [N, D] and how many they are [N].
+
+    Deterministic, and so is its gradient: on a GPU index_put sorts before it adds, index_add does not.
+    """
+    slot = torch.searchsorted(ids.sort().values, ids)  # one number below N per id
+    ones = torch.ones_like(x[:, 0])
+    if x.is_cuda:
+        sums, sizes = (torch.zeros_like(y).index_put((slot,), y, accumulate=True) for y in (x, ones))
+    else:
+        sums, sizes = (torch.zeros_like(y).index_add(0, slot, y) for y in (x, ones))
+    return sums[slot], sizes[slot]
