@@ -12,6 +12,7 @@
 
 #include "bind.h"
 #include "cpu/ema.h"
+#include "cpu/hardest_pairs.h"
 #include "cpu/isa.h"
 #include "cpu/pair_rows.h"
 #include "cpu/parallel.h"
@@ -166,6 +167,28 @@ void pair_rows_bwd(int64_t n, int64_t d, uintptr_t dz, uintptr_t dpositive, uint
   pair_rows_kernels<T>(active_isa()).backward(p, at<T>(dz), at<T>(dpositive), at<T>(dx), at<T>(dy));
 }
 
+// scores, found [2, n]: those of the farthest columns, then those of the nearest.
+template <class T>
+void find_hardest(int64_t n, int64_t rows, int64_t cols, int64_t r0, int64_t c0, uintptr_t tile, uintptr_t offset,
+                  uintptr_t groups, uintptr_t scores, uintptr_t found, int threads) {
+  const bool inside = r0 >= 0 && rows >= 0 && rows <= n - r0 && c0 >= 0 && cols >= 0 && cols <= n - c0;
+  if (!inside || n > std::numeric_limits<int32_t>::max()) throw std::out_of_range("tile outside of the matrix");
+  if (threads < 1) throw std::invalid_argument("sizes must be positive");
+  const HardestPairs<T> p{rows,
+                          cols,
+                          r0,
+                          c0,
+                          threads,
+                          at<T>(tile),
+                          at<T>(offset),
+                          at<int32_t>(groups),
+                          at<T>(scores),
+                          at<T>(scores) + n,
+                          at<int32_t>(found),
+                          at<int32_t>(found) + n};
+  SSLFAST_CHOOSE(active_isa(), hardest_pairs(p));
+}
+
 // The rows of the table are addresses that the caller has checked, as for all other addresses here.
 void ema_update_cpu(uintptr_t table, int64_t count, int target, int source, double momentum, int threads) {
   if (count < 0 || threads < 1) throw std::invalid_argument("sizes must be positive");
@@ -283,6 +306,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pair_rows_fwd_f64", &pair_rows_fwd<double>, unlocked);
   m.def("pair_rows_bwd_f32", &pair_rows_bwd<float>, unlocked);
   m.def("pair_rows_bwd_f64", &pair_rows_bwd<double>, unlocked);
+  m.def("hardest_pairs_f32", &find_hardest<float>, unlocked);
+  m.def("hardest_pairs_f64", &find_hardest<double>, unlocked);
   m.def("describe", &describe);
   m.def("matches", &matches);
   m.def("ema_update", &ema_update_cpu, unlocked);

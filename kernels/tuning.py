@@ -13,8 +13,9 @@ import torch
 
 # Blocked similarity_lse on a CPU: rows and columns of a tile of logits. 384 x 1024 float32 is 1.5 MiB, which
 # about fits the L2 caches of two cores between its matrix product and its epilogue; flat tiles waste less of
-# a symmetric problem on the diagonal.
-CPU_TILE = (384, 1024)
+# a symmetric problem on the diagonal. With more features the products outweigh the epilogue, and they like
+# larger tiles better.
+CPU_TILE, CPU_TILE_WIDE = (384, 1024), (1024, 1024)
 
 PADDING = 128  # rows of the flash form are padded to a multiple of this; every tile's side divides it
 SMALL = 1024 * 1024  # up to so many logits the running maximum alone serves: fewer launches
@@ -105,6 +106,11 @@ CANDIDATES = (
 CHUNK = (2048, 4096)
 CHUNKS = (CHUNK, (1024, 4096), (2048, 2048), (2048, 8192), (4096, 4096))  # tried by `sslfast tune`
 EPILOGUE = Tile(32, 128, 4, 1)
+
+
+def cpu_tile(d: int) -> tuple[int, int]:
+    """The CPU's tile for rows of d features."""
+    return CPU_TILE if d <= 256 else CPU_TILE_WIDE
 
 
 def padded_dim(d: int) -> int:

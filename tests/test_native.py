@@ -52,14 +52,16 @@ def test_threads_follow_torch(monkeypatch):
     assert asked == [1, 3, 2]
 
 
-def test_gil_is_released():
+def test_gil_is_released(monkeypatch):
     """Another thread runs Python while one tile call of a second or so is in C++."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         n = 8192
-        whole = type("OneTile", (_blocked.CpuTiles,), {"tile_rows": n, "tile_cols": n})
-        tiles = whole(torch.randn(n, 4), torch.randn(n, 4), torch.tensor(1.0), None, None, None, False)
+        monkeypatch.setattr(_blocked, "cpu_tile", lambda d: (n, n))
+        tiles = _blocked.CpuTiles(
+            torch.randn(n, 4), torch.randn(n, 4), torch.tensor(1.0), None, None, None, False
+        )
         tiles.begin_forward(False)
         tile = tiles.product(0, n, 0, n)
     finally:

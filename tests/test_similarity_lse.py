@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sslfast.kernels import tuning
 from torch import Tensor
 
 import sslfast
 from sslfast import _C
-from sslfast.ops import _blocked
 from sslfast.ops._check import FLOATS
 from sslfast.testing import CASES, SimilarityLseCase, assert_close_to_reference, similarity_lse_reference
 
@@ -362,4 +362,4 @@ def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def test_tiles_are_what_the_sizes_above_assume():
-    assert (_blocked.CpuTiles.tile_rows, _blocked.CpuTiles.tile_cols) == (384, 1024)
+    assert (tuning.cpu_tile(16), tuning.cpu_tile(128)) == ((384, 1024), (384, 1024))

@@ -68,15 +68,24 @@ def reduced(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
     return terms.mean() if weights is None else terms.sum() / weights.sum()
 
 
+def groups_of(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row a number in [0, N) that its id alone has, and how many rows are of that id: int64 [N]
+    each."""
+    group = torch.searchsorted(ids.sort().values, ids)
+    return group, torch.zeros_like(ids).index_add(0, group, torch.ones_like(ids))[group]
+
+
 def sums_by_id(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of x [N, D], the sum of all rows of its id [N, D] and how many they are [N].
 
     Deterministic, and so is its gradient: on a GPU index_put sorts before it adds, index_add does not.
     """
-    slot = torch.searchsorted(ids.sort().values, ids)  # one number below N per id
-    ones = torch.ones_like(x[:, 0])
-    if x.is_cuda:
-        sums, sizes = (torch.zeros_like(y).index_put((slot,), y, accumulate=True) for y in (x, ones))
-    else:
-        sums, sizes = (torch.zeros_like(y).index_add(0, slot, y) for y in (x, ones))
-    return sums[slot], sizes[slot]
+    group, size = groups_of(ids)
+    zeros = torch.zeros_like(x)
+    sums = zeros.index_put((group,), x, accumulate=True) if x.is_cuda else zeros.index_add(0, group, x)
+    return rows_at(sums, group), size
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], whose gradient is deterministic on a GPU and not slow on a CPU."""
+    return x[index] if x.is_cuda else x.index_select(0, index)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslfast.losses._common import groups_of, rows_at
 from sslfast.ops._check import FLOATS, check_tensor, number, working_dtype
 from sslfast.ops._library import define, once_differentiable
+from sslfast.ops.hardest_pairs import hardest_pairs
 from sslfast.ops.pair_rows import EPS
 
 MININGS = ("hard", "semihard", "all")
@@ -74,10 +76,11 @@ def triplet_margin_loss(
 
 def _batch_hard(x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Loss of each anchor, and whether it has a triplet."""
-    positive, negative = _hardest(x.detach(), labels)
-    some = (positive >= 0) & (negative >= 0)
-    near, far = (_norm(x - x[i.clamp(min=0)]) for i in (positive, negative))
-    return torch.relu(near - far + margin).masked_fill(~some, 0.0), some
+    group, size = groups_of(labels)
+    some = (size > 1) & (size < len(x))
+    far, near = hardest_pairs(x, group)
+    far, near = (_norm(x - rows_at(x, index)) for index in (far, near))
+    return torch.relu(far - near + margin).masked_fill(~some, 0.0), some
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -95,24 +98,6 @@ def _chunks(x: Tensor, labels: Tensor):
         rows = slice(begin, begin + step)
         square = torch.addmm(squares, x[rows], x.T, alpha=-2).add_(squares[rows, None])
         yield rows, square, labels[rows, None] == labels
-
-
-def _find_hardest(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D], [N] -> index of each row's farthest positive and of its nearest negative [N]; -1: none."""
-    far, near = torch.empty_like(labels), torch.empty_like(labels)
-    for rows, square, same in _chunks(x, labels):
-        apart = square.masked_fill(~same, -torch.inf)
-        apart.diagonal(rows.start).fill_(-torch.inf)
-        for out, (value, index) in ((far, apart.max(1)), (near, square.masked_fill_(same, torch.inf).min(1))):
-            out[rows] = index.masked_fill_(value.isinf(), -1)
-    return far, near
-
-
-_hardest = define(
-    "hardest_pairs(Tensor x, Tensor labels) -> (Tensor, Tensor)",
-    _find_hardest,
-    lambda x, labels: (torch.empty_like(labels), torch.empty_like(labels)),
-)
 
 
 def _distances(x: Tensor, labels: Tensor):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C
-from sslfast.kernels.tuning import CPU_TILE
+from sslfast.kernels.tuning import cpu_tile
 from sslfast.ops._backend import pointer
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -45,8 +45,8 @@ class Tiles(Protocol):
     def product(self, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         """a[r0 : r0 + rows] b[c0 : c0 + cols]^T, in the one tile buffer."""
 
-    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
-        """total += weights operand."""
+    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor, first: bool) -> None:
+        """total += weights operand; first: nothing has been added yet."""
 
     def begin_forward(self, return_cols: bool) -> None: ...
     def forward(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> None: ...
@@ -66,7 +66,7 @@ class Tiles(Protocol):
     def finish_bce(self) -> tuple[Tensor, Tensor]: ...
 
     def total(self, rows: int) -> Tensor:
-        """Zeros [rows, D] to accumulate in."""
+        """[rows, D] to accumulate in."""
 
     def scaled(self, total: Tensor) -> Tensor:
         """total times the scale, perhaps in its place, without G's constant."""
@@ -123,9 +123,9 @@ def _products(
     for r0, rows, c0, cols in _walk(tiles):
         weights = weigh(tiles.product(r0, rows, c0, cols), r0, rows, c0, cols)
         if gb is not None:
-            tiles.accumulate(gb[r0 : r0 + rows], weights, tiles.b[c0 : c0 + cols])
+            tiles.accumulate(gb[r0 : r0 + rows], weights, tiles.b[c0 : c0 + cols], c0 == 0)
         if ga is not None and not (tiles.symmetric and r0 == c0):
-            tiles.accumulate(ga[c0 : c0 + cols], weights.t(), tiles.a[r0 : r0 + rows])
+            tiles.accumulate(ga[c0 : c0 + cols], weights.t(), tiles.a[r0 : r0 + rows], r0 == 0)
 
     da = db = dscale = None
     if need_scale:  # <a, G b> = <b, G^T a>
@@ -145,8 +145,15 @@ def _walk(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
     """(first row, rows, first column, columns) of each tile, in a fixed order.
 
     Symmetric: a square on the diagonal, which is its own mirror image, then wide tiles to its right. Half of
-    the square is work done twice, so it is kept small.
+    the square is work done twice, so it is kept small. Otherwise the smaller side is walked for each tile of
+    the larger one, whose rows and gradients so come into the cache once.
     """
+    if not tiles.symmetric and tiles.n > tiles.m:
+        for c0 in range(0, tiles.n, tiles.tile_cols):
+            cols = min(tiles.tile_cols, tiles.n - c0)
+            for r0 in range(0, tiles.m, tiles.tile_rows):
+                yield r0, min(tiles.tile_rows, tiles.m - r0), c0, cols
+        return
     for r0 in range(0, tiles.m, tiles.tile_rows):
         rows = min(tiles.tile_rows, tiles.m - r0)
         first = 0
@@ -169,7 +176,8 @@ class CpuTiles:
         scale: 0-d, bias: [n] or None; a_ids [m], b_ids [n] int64 or None; same: keep equal ids only.
     """
 
-    tile_rows, tile_cols = CPU_TILE
+    tile_rows: int
+    tile_cols: int
 
     def __init__(
         self,
@@ -188,6 +196,7 @@ class CpuTiles:
         self.a = _as(work, a)
         self.b = self.a if b is None else _as(work, b)
         self.m, d = self.a.shape
+        self.tile_rows, self.tile_cols = cpu_tile(d)
         self.n = self.b.shape[0]
         self.scale = _as(work, scale)
         self._bias = None if bias is None else _as(work, bias)
@@ -221,11 +230,12 @@ class CpuTiles:
             self._tile = self._buffer[: rows * cols].view(rows, cols)
         return torch.mm(self.a[r0 : r0 + rows], self.b[c0 : c0 + cols].t(), out=self._tile)
 
-    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
-        total.addmm_(weights, operand)
+    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor, first: bool) -> None:
+        total.addmm_(weights, operand, beta=0 if first and not self.symmetric else 1)
 
     def total(self, rows: int) -> Tensor:
-        return self.a.new_zeros(rows, self.a.shape[1])
+        shape, reached = (rows, self.a.shape[1]), not self.symmetric and self.m and self.n
+        return self.a.new_empty(shape) if reached else self.a.new_zeros(shape)
 
     def scaled(self, total: Tensor) -> Tensor:
         return total.mul_(self.scale)

@@ -46,7 +46,7 @@ class GpuTiles:
             return torch.mm(left.float(), right.float(), out=tile)
         return torch.mm(left, right, out_dtype=torch.float32, out=tile)
 
-    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor) -> None:
+    def accumulate(self, total: Tensor, weights: Tensor, operand: Tensor, first: bool) -> None:
         if weights.dtype == torch.float32:
             total.addmm_(weights, operand)
         elif not total.is_cuda:

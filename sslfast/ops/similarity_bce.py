@@ -32,8 +32,8 @@ def reference(
 
 def _pass(g, a, b, scale, bias, a_ids, b_ids, needs, backend):
     gradients: tuple[Tensor | None, ...]
+    serve = _backend.implementation("similarity_bce", backend).forward
     if len(a) and len(b):
-        serve = _backend.implementation("similarity_bce", backend).forward
         with torch.autocast(a.device.type, enabled=False), _backend.device_of(a):
             row, gradients = serve(g, a, b, scale, bias, a_ids, b_ids, needs)
     else:
@@ -84,11 +84,11 @@ _NONE = (False,) * 4
 
 class _SimilarityBCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, scale, bias, a_ids, b_ids, total, backend):
+    def forward(ctx, a, b, scale, bias, a_ids, b_ids, total, trains, backend):
         ctx.total, ctx.dtypes, ctx.backend = total, (a.dtype, b.dtype, scale.dtype, bias.dtype), backend
         g = torch.ones(len(a), dtype=scale.dtype, device=a.device)
         inputs = a, b, scale, bias, a_ids, b_ids
-        row, *gradients = _op(g, *inputs, ctx.needs_input_grad[:4] if total else _NONE, backend)
+        row, *gradients = _op(g, *inputs, ctx.needs_input_grad[:4] if total and trains else _NONE, backend)
         ctx.save_for_backward(*(gradients if total else inputs))
         return row.sum() if total else row
 
@@ -101,7 +101,7 @@ class _SimilarityBCE(torch.autograd.Function):
         else:
             found = _op(g.contiguous(), *ctx.saved_tensors, needs, ctx.backend)[1:]
         kept = zip(found, needs, ctx.dtypes, strict=True)
-        return *(d.to(dtype) if need and d is not None else None for d, need, dtype in kept), *(None,) * 4
+        return *(d.to(dtype) if need and d is not None else None for d, need, dtype in kept), *(None,) * 5
 
 
 def similarity_bce(
@@ -149,4 +149,5 @@ def similarity_bce(
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b
         b_ids = b_ids.view_as(b_ids) if b_ids is a_ids else b_ids
-    return _SimilarityBCE.apply(a, b, scale, bias, a_ids, b_ids, total, backend)
+    trains = torch.is_grad_enabled()  # inside of a Function it never is
+    return _SimilarityBCE.apply(a, b, scale, bias, a_ids, b_ids, total, trains, backend)

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.testing import _ema, _patch_mask, _patches, _prototypes, _similarity_lse, _soft_cross_entropy
+from sslfast.testing import (
+    _ema,
+    _patch_mask,
+    _patches,
+    _prototypes,
+    _similarity_bce,
+    _similarity_lse,
+    _soft_cross_entropy,
+)
 from sslfast.testing._op import Inputs, Op
 from sslfast.testing._similarity_lse import SimilarityLseCase, similarity_lse_reference
 
@@ -47,6 +55,7 @@ TILE_VECTOR_FLOOR = 1.0
 
 CASES: dict[str, list[Any]] = {
     "similarity_lse": _similarity_lse.CASES,
+    "similarity_bce": _similarity_bce.CASES,
     "ema_update_": _ema.CASES,
     "random_patch_mask": _patch_mask.RANDOM_CASES,
     "block_patch_mask": _patch_mask.BLOCK_CASES,
@@ -60,6 +69,7 @@ CASES: dict[str, list[Any]] = {
 }
 OPS: dict[str, Op] = {
     "similarity_lse": _similarity_lse.OP,
+    "similarity_bce": _similarity_bce.OP,
     "ema_update_": _ema.OP,
     "random_patch_mask": _patch_mask.RANDOM_OP,
     "block_patch_mask": _patch_mask.BLOCK_OP,
