@@ -77,8 +77,9 @@ FLASH: dict[tuple[int, int], dict[str, Tile]] = {
         "grad": Tile(64, 16, 4, 2),
     },
 }
-# Where an architecture wants another tile: (architecture, variant, bytes, widest rows).
+# Where an architecture wants another tile: (architecture, variant, bytes, widest rows or one width).
 EXCEPTIONS: dict[tuple[int, str, int, int], Tile] = {
+    (80, "grad", 2, 16): Tile(64, 64, 8, 3),
     (90, "sums", 2, 128): Tile(128, 64, 4, 3),  # two programs share a multiprocessor and overlap its units
     (90, "expect", 2, 128): Tile(64, 64, 4, 3),  # three do
     (90, "grad", 2, 128): Tile(128, 64, 8, 3, ahead=True),
@@ -141,7 +142,10 @@ def tile(variant: str, width: int, dtype: torch.dtype, device: torch.device) -> 
 def default_tile(variant: str, width: int, itemsize: int, arch: int) -> Tile:
     widest = min(w for size, w in FLASH if size == itemsize and width <= w)
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
-    return EXCEPTIONS.get((known, variant, itemsize, widest), FLASH[itemsize, widest][variant])
+    for rows in (width, widest):
+        if (known, variant, itemsize, rows) in EXCEPTIONS:
+            return EXCEPTIONS[known, variant, itemsize, rows]
+    return FLASH[itemsize, widest][variant]
 
 
 def shipped() -> Iterator[tuple[int, str, int, int, Tile]]:
