@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/ema.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/masking.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/prototypes.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/losses.py --json-out benchmarks/results
 
 # Every shipped configuration of the GPU kernels, compiled without a GPU: registers, spills, occupancy, predicted times.
 static: $(READY)
@@ -57,7 +58,8 @@ sanitize: $(READY)
 	    tests/test_similarity_lse.py tests/test_similarity_lse_edges.py tests/test_unusual_tensors.py \
 	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py tests/test_patch_mask.py \
 	    tests/test_patches.py tests/test_masked_patch_mse.py tests/test_soft_cross_entropy.py \
-	    tests/test_head_loss.py tests/test_sinkhorn.py
+	    tests/test_head_loss.py tests/test_sinkhorn.py tests/test_similarity_bce.py tests/test_hardest_pairs.py \
+	    tests/test_linear_cross_entropy.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1

@@ -10,6 +10,7 @@ from sslfast.kernels import tuning
 from torch import Tensor
 
 import sslfast
+from sslfast import _C
 from sslfast.ops import _blocked
 from sslfast.ops.similarity_bce import reference, similarity_bce
 from sslfast.testing import CASES, OPS, assert_close_to_reference
@@ -211,3 +212,31 @@ X = torch.zeros(4, 3)
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         similarity_bce(**{"a": X, "b": X, **arguments})
+
+
+@pytest.mark.parametrize("isa", [name for name in _C.cpu_isas() if name != _C.cpu_isas()[-1]], indirect=True)
+@pytest.mark.parametrize("case", CASES[OP][::3], ids=lambda case: case.name)
+def test_other_instruction_sets(isa, case):
+    with sslfast.use_backend("cpu"):
+        assert_close_to_reference(OP, case.inputs(torch.float32, seed=7), seed=8)
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_terms_over_their_whole_range(isa, dtype):
+    """log(1 + e^t) and 1 / (1 + e^-t), one logit per row, with relative errors of a few roundings."""
+    low, high = (-86.0, 86.0) if dtype == torch.float32 else (-700.0, 700.0)
+    t = torch.linspace(low, high, 20_001, dtype=dtype)
+    exact = t.double()
+    ids = torch.arange(len(t)), torch.tensor([-1])
+    a, one = t[:, None].requires_grad_(), torch.ones(1, 1, dtype=dtype)
+    with sslfast.use_backend("cpu"):
+        row = similarity_bce(a, one, a_ids=ids[0], b_ids=ids[1])
+        (da,) = torch.autograd.grad(row.sum(), a)
+    for found, true in (
+        (row, torch.nn.functional.softplus(exact, threshold=800)),
+        (da[:, 0], exact.sigmoid()),
+    ):
+        # a base-2 logit is rounded: an error of |t| eps in the exponent
+        limit = (4 + 2 * t.abs().double()) * torch.finfo(dtype).eps
+        assert ((found.double() - true).abs() <= limit * true).all()
