@@ -141,7 +141,7 @@ def jobs(archs: tuple[int, ...], dtypes: tuple[str, ...], quick: bool) -> list[J
     found = []
     for arch, variant, itemsize, width, tile in tuning.shipped():
         for dtype in dtypes:
-            twin = quick and dtype == "fp16" and width > 128
+            twin = quick and dtype != "bf16" and (arch != 90 or dtype == "fp16" and width > 128)
             if arch in archs and DTYPES[dtype] == itemsize and not twin:
                 found += [
                     Job(name, arch, dtype, width, tile) for name, (v, *_) in KERNELS.items() if v == variant
@@ -344,9 +344,9 @@ def main(
         json_out: where to write reports and predictions.
         archs: compute capabilities times ten.
         dtypes: of the rows.
-        quick: leave out sm_86 and sm_120; fp16 above D=128 and in epilogues, where its code is bf16's but
-            for a conversion; most of the narrow rows that share the tile of 128; and for some of the kernels
-            that only move memory all architectures but sm_90.
+        quick: leave out sm_86 and sm_120; fp32 and fp16 but on sm_90; fp16 above D=128 and in epilogues,
+            where its code is bf16's but for a conversion; most of the narrow rows that share the tile of 128;
+            and for some of the kernels that only move memory all architectures but sm_90.
     """
     archs = tuple(arch for arch in archs if not quick or arch in static_memory.QUICK)
     # Forked workers would inherit torch's threads; Triton's compiler holds the interpreter lock.
