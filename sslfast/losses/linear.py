@@ -30,9 +30,9 @@ def linear_cross_entropy(
         labels: int64 [...]: classes in [0, V), or ignore_index.
         bias: [V] floating.
         ignore_index: the label of rows that have none.
-        num_labelled: how many labels are not ignore_index, where the caller knows. On a GPU only this spares
-            the work of the others, since looking would stall it; a wrong number gives NaN there. On a CPU
-            nobody needs to tell.
+        num_labelled: how many labels are not ignore_index, or a bound that they do not exceed. On a GPU,
+            where looking would stall, that many rows are computed, all of them without it; more labels than
+            that give NaN. A CPU counts by itself.
         reduction: "mean" over the rows with a label, "sum", or "none": [...], 0 without a label.
 
     Returns:
@@ -65,12 +65,10 @@ def linear_cross_entropy(
     count = labelled.sum()
     if num_labelled is not None:
         check_integer("num_labelled", num_labelled, 0)
-        if num_labelled > len(flat):
-            raise ValueError(f"num_labelled: expected at most {len(flat)}, the labels, got {num_labelled}")
-        valid = valid & (count == num_labelled)
+        valid = valid & (count <= num_labelled)
     if may_read(flat) and not valid.all():
-        if num_labelled is not None and num_labelled != int(count):
-            raise ValueError(f"num_labelled: expected {int(count)}, as many as there are, got {num_labelled}")
+        if num_labelled is not None and num_labelled < int(count):
+            raise ValueError(f"num_labelled: expected at least {int(count)}, all labels, got {num_labelled}")
         wrong = flat[~valid][0].item()
         raise ValueError(f"labels: expected classes in [0, {classes}) or {ignore_index}, got {wrong}")
     flat = torch.where(labelled, flat.clamp(0, classes - 1), ignore_index)

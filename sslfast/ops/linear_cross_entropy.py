@@ -26,16 +26,21 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     return F.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
 
 
+def _may_count(labels: Tensor) -> bool:
+    """Whether the host may read how many labels there are."""
+    return not labels.is_cuda
+
+
 class _Labelled:
     """The rows that have a label, next to each other.
 
-    On a GPU their number is the caller's to tell; without it all rows stay, those with a label first, and the
-    others count for nothing.
+    On a GPU a bound of their number is the caller's to tell. Rows without a label that stay below it, or all
+    of them where there is none, come last, as zeros, and count for nothing.
     """
 
     def __init__(self, hidden: Tensor, labels: Tensor, ignored: int, count: int) -> None:
         self.size, some = len(labels), labels != ignored
-        if labels.is_cuda:
+        if not _may_count(labels):
             order = (~some).to(torch.uint8).argsort(stable=True)
             self.rows: Tensor | None = order if count < 0 else order[:count]
         else:
@@ -44,6 +49,8 @@ class _Labelled:
         self.some = self.take(some)
         self.labels = self.take(labels).masked_fill(~self.some, 0)
         self.hidden = self.take(hidden)
+        if not _may_count(labels):
+            self.hidden = self.hidden.masked_fill(~self.some[:, None], 0.0)
 
     def take(self, x: Tensor) -> Tensor:
         return x if self.rows is None else x[self.rows]
@@ -154,7 +161,7 @@ def linear_cross_entropy_rows(
     Args:
         hidden: [N, D], weight: [V, D] of one floating dtype, bias: [V] floating or None.
         labels: int64 [N], in [0, V) or `ignored`.
-        count: how many rows have a label, where it is known; a GPU then computes no others.
+        count: at most so many rows have a label, where that is known; a GPU then computes no more.
 
     Returns:
         [N] of the working dtype. Differentiable in hidden, weight and bias, once.
