@@ -206,7 +206,8 @@ def show_times(rows: list[dict], console: Console) -> None:
         "case", "implementation", "median ms", "20-80 %", "sslfast is\nfaster by", "asked", "loss error",
         "gradient\nerror",
     )  # fmt: skip
-    table.columns[0].no_wrap = True
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for row in rows:
         case = f"{row['title']}\n{row['size']}".replace(", ", "\n")
         start = case if row["name"] == first(rows, row) else "", row["name"]

@@ -1,4 +1,4 @@
-"""The losses that benchmarks/losses.py and benchmarks/gpu_new_losses.py time: inputs, plain PyTorch, ours and
+"""The losses that benchmarks/losses.py and benchmarks/losses_gpu.py time: inputs, plain PyTorch, ours and
 the truth in float64.
 
 An implementation is a function of labels and of the tensors that `inputs_of` makes, in their order, to a

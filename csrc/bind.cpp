@@ -96,10 +96,12 @@ class SimilarityLseTiles {
     kernels_.backward_tile(p_, at<T>(tile), r0, rows, c0, cols);
   }
 
-  // g [m]: gradients of the row sums, read while tiles come; sums [2, m]: of terms and of weights, filled here.
+  // g [m]: gradients of the row sums, read while tiles come; sums [3, m]: of terms, of weights and of weights times
+  // products, filled here.
   void begin_bce(uintptr_t g, uintptr_t sums) {
     p_.row_weight = at<T>(g), p_.term_sum = at<T>(sums), p_.weight_sum = p_.term_sum + p_.m;
-    std::fill_n(p_.term_sum, 2 * p_.m, T(0));
+    p_.moment_sum = p_.weight_sum + p_.m;
+    std::fill_n(p_.term_sum, 3 * p_.m, T(0));
     stage_ = Stage::bce;
   }
 

@@ -26,7 +26,7 @@ def tile_sums(
     TWO: tl.constexpr, COLS: tl.constexpr, SELF: tl.constexpr, BIASED: tl.constexpr, IDS: tl.constexpr,
     SAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, row blocks) of the tile. Each leaves (max, sum) per row in row [2, column block,
+    """Grid (column blocks, row blocks) of the tile. Each leaves (max, sum) per row in row [3, column block,
     row_slot] and per column in col [2, row block, col_slot]; in the safe range every maximum is 0."""
     factor, safe = _bound(scale_ptr, state_ptr, slots, TWO)
     ri, ci = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
@@ -164,15 +164,16 @@ def tile_bce(
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid as `tile_sums`. With t_ij the logit, negated where the ids are equal: row [2, column block,
-    row_slot] = per row (sum of log(1 + e^t), sum of the weights +-1 / (1 + e^-t)); out (may be the tile) = G
-    = coef_r times the weights."""
+    row_slot] = per row the sums of log(1 + e^t), of the weights +-1 / (1 + e^-t) and of these times products;
+    out (may be the tile) = G = coef_r times the weights."""
     factor, _ = _bound(scale_ptr, state_ptr, slots, TWO)
     ri, ci = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
     r0, c0 = r_first + tl.program_id(1) * R, c_first + tl.program_id(0) * C
     r, c = r_first + ri, c_first + ci
     inside = (r < r_end)[:, None] & (c < c_end)[None, :]
     place = ri[:, None] * tile_stride + ci[None, :]
-    t = tl.load(tile_ptr + place, inside, other=0.0) * factor
+    product = tl.load(tile_ptr + place, inside, other=0.0)
+    t = product * factor
     if BIASED:
         t += tl.load(offset_ptr + c, c < c_end, other=0.0)[None, :]
     sign = tl.full([R, C], 1.0, tl.float32)
@@ -189,5 +190,6 @@ def tile_bce(
     tl.store(row_place, tl.sum(tl.where(inside, terms, 0.0), 1), r < r_end)
     row_plane = tl.num_programs(0) * row_slot
     tl.store(row_place + row_plane, tl.sum(tl.where(inside, weights, 0.0), 1), r < r_end)
+    tl.store(row_place + 2 * row_plane, tl.sum(tl.where(inside, weights * product, 0.0), 1), r < r_end)
     coef = tl.load(coef_ptr + r, r < r_end, other=0.0)[:, None]
     tl.store(out_ptr + place, _to(weights * coef, out_ptr.dtype.element_ty), inside)

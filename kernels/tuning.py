@@ -154,6 +154,9 @@ def shipped() -> Iterator[tuple[int, str, int, int, Tile]]:
         for (itemsize, widest), variants in FLASH.items():
             for variant in variants:
                 yield arch, variant, itemsize, widest, default_tile(variant, widest, itemsize, arch)
+    for (arch, variant, itemsize, width), tile in EXCEPTIONS.items():
+        if (itemsize, width) not in FLASH:
+            yield arch, variant, itemsize, width, tile
 
 
 def chunk(device: torch.device) -> tuple[int, int]:

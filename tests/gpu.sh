@@ -60,5 +60,6 @@ stage "EMA" 30 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULT
 # What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
 stage "masking" 60 "$BIN/python" benchmarks/masking.py --device cuda --seconds 40 --json-out "$RESULTS"
 stage "prototypes" 60 "$BIN/python" benchmarks/prototypes.py --device cuda --seconds 40 --json-out "$RESULTS"
+stage "losses" 60 "$BIN/python" benchmarks/losses_gpu.py --seconds 40 --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

@@ -237,6 +237,22 @@ def test_autocast_rounds_as_a_product_does(loss):
     assert rounded != loss(image, text, scale, bias)
 
 
+@BOTH
+def test_autocast_takes_sides_of_two_dtypes(loss):
+    image, text, scale, bias = (x.detach().float().requires_grad_() for x in drawn())
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(image.bfloat16(), text, scale, bias)
+        assert torch.equal(value, loss(image, text, scale, bias))
+    assert torch.autograd.grad(value, text)[0].dtype == torch.float32
+
+
+@BOTH
+def test_nan_is_not_hidden(loss):
+    leaves = [x.detach() for x in drawn()]
+    leaves[0][2, 1] = torch.nan
+    assert loss(*leaves, reduction="none")[2].isnan() and loss(*leaves).isnan()
+
+
 def test_a_scale_of_another_dtype_keeps_it():
     image, text, _, _ = drawn()
     scale, bias = nn.Parameter(torch.tensor(4.0)), nn.Parameter(torch.tensor(-10.0, dtype=torch.bfloat16))

@@ -364,7 +364,7 @@ WRONG = {
     **COMMON,
 }
 WRONG_VIEWS = {
-    "views": {TypeError: (None, [], 3, VIEWS.long()), ValueError: (X, VIEWS[:1], [X], VIEWS.to("meta"))},
+    "views": {TypeError: (None, 3, VIEWS.long()), ValueError: (X, [], VIEWS[:1], [X], VIEWS.to("meta"))},
     "views[1]": {TypeError: ([X, None], [X, X.double()]), ValueError: ([X, X[1:]], [X, X[:, 1:]])},
     "ids": {TypeError: ([0] * 8, LABELS.int()), ValueError: (LABELS[:3], LABELS[None])},
     **COMMON,
@@ -381,7 +381,7 @@ def test_bad_argument_is_named(call, error, name):
 
 
 def test_the_module_refuses_bad_options_when_made():
-    for name, bad in [("temperature", 0.0), ("base_temperature", math.nan), ("reduction", "avg")]:
+    for name, bad in [("temperature", 0.0), ("form", "out"), ("reduction", "avg")]:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             SupConLoss(**{name: bad})
 

@@ -7,6 +7,44 @@
 #include "parallel.h"
 
 namespace sslfast {
+namespace {
+
+// The best of each lane of a row: columns k with k % kLanes = lane. Not a lambda: a loop around one is not vectorised.
+template <class T>
+struct Best {
+  T far_score[kLanes], near_score[kLanes];
+  int32_t far[kLanes], near[kLanes];
+};
+
+template <class T>
+inline void scan(const T* __restrict s, const T* __restrict offset, const int32_t* __restrict groups, int32_t group,
+                 T infinite, int32_t first, int lanes, Best<T>& __restrict best) {
+#pragma omp simd
+  for (int lane = 0; lane < lanes; ++lane) {
+    const T score = s[first + lane] + offset[first + lane];
+    const bool same = groups[first + lane] == group;
+    const T own = same ? score : infinite, other = same ? -infinite : score;
+    best.far[lane] = own < best.far_score[lane] ? first + lane : best.far[lane];
+    best.far_score[lane] = own < best.far_score[lane] ? own : best.far_score[lane];
+    best.near[lane] = other > best.near_score[lane] ? first + lane : best.near[lane];
+    best.near_score[lane] = other > best.near_score[lane] ? other : best.near_score[lane];
+  }
+}
+
+template <class T>
+void scan_row(const T* s, const T* offset, const int32_t* groups, int32_t group, T infinite, int32_t cols,
+              Best<T>& best) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    best.far_score[lane] = infinite, best.near_score[lane] = -infinite;
+    best.far[lane] = best.near[lane] = -1;
+  }
+  int32_t first = 0;
+  for (; first + kLanes <= cols; first += kLanes) scan(s, offset, groups, group, infinite, first, kLanes, best);
+  scan(s, offset, groups, group, infinite, first, cols - first, best);
+}
+
+}  // namespace
+
 namespace SSLFAST_ISA {
 
 // Strictly better scores win, so of equal ones the first column does, whatever the tiles and threads.
@@ -21,29 +59,15 @@ void hardest_pairs(const HardestPairs<T>& p) {
       T* const s = p.tile + i * p.cols;
       const int64_t row = p.r0 + i, own = row - p.c0;
       if (own >= 0 && own < p.cols) s[own] = infinite;  // its group's smallest score is never its own
-      const int32_t group = p.groups[row];
-      T far_score[kLanes], near_score[kLanes];
-      int32_t far[kLanes], near[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        far_score[lane] = infinite, near_score[lane] = -infinite;
-        far[lane] = near[lane] = -1;
-      }
-      each_lane(0, p.cols, [&](int64_t j, int lane) {
-        const T score = s[j] + offset[j];
-        const bool same = groups[j] == group;
-        const bool farther = same && score < far_score[lane], nearer = !same && score > near_score[lane];
-        far_score[lane] = farther ? score : far_score[lane];
-        far[lane] = farther ? static_cast<int32_t>(j) : far[lane];
-        near_score[lane] = nearer ? score : near_score[lane];
-        near[lane] = nearer ? static_cast<int32_t>(j) : near[lane];
-      });
+      Best<T> best;
+      scan_row(s, offset, groups, p.groups[row], infinite, static_cast<int32_t>(p.cols), best);
       T least = infinite, most = -infinite;
       int32_t least_at = -1, most_at = -1;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const bool less = far_score[lane] < least || (far_score[lane] == least && far[lane] < least_at);
-        const bool more = near_score[lane] > most || (near_score[lane] == most && near[lane] < most_at);
-        if (less) least = far_score[lane], least_at = far[lane];
-        if (more) most = near_score[lane], most_at = near[lane];
+        const bool less = best.far_score[lane] < least || (best.far_score[lane] == least && best.far[lane] < least_at);
+        const bool more = best.near_score[lane] > most || (best.near_score[lane] == most && best.near[lane] < most_at);
+        if (less) least = best.far_score[lane], least_at = best.far[lane];
+        if (more) most = best.near_score[lane], most_at = best.near[lane];
       }
       if (least < p.far_score[row]) p.far_score[row] = least, p.far[row] = static_cast<int32_t>(p.c0) + least_at;
       if (most > p.near_score[row]) p.near_score[row] = most, p.near[row] = static_cast<int32_t>(p.c0) + most_at;

@@ -31,13 +31,13 @@ inline double atanh_series(double x) {
   return p * x + 1.0;
 }
 
-// Row sums of softplus(t_ij) and of sign_j / (1 + e^-t_ij), t_ij = sign_j (scale <a_i, b_j> + bias_j); s becomes the
-// latter times weight. SIGNED: sign is not 1 throughout.
+// Row sums of softplus(t_ij), of w_ij = sign_j / (1 + e^-t_ij) and of w_ij <a_i, b_j>, where t_ij = sign_j (scale
+// <a_i, b_j> + bias_j); s becomes w times weight. SIGNED: sign is not 1 throughout.
 template <bool SIGNED, class T>
 inline void bce_row(T* __restrict s, const T* __restrict off, const T* __restrict sign, T factor, T weight, T& terms,
-                    T& weights, int64_t cols) {
-  T term_sum = 0, weight_sum = 0;
-#pragma omp simd reduction(+ : term_sum, weight_sum)
+                    T& weights, T& moments, int64_t cols) {
+  T term_sum = 0, weight_sum = 0, moment_sum = 0;
+#pragma omp simd reduction(+ : term_sum, weight_sum, moment_sum)
   for (int64_t j = 0; j < cols; ++j) {
     T t = s[j] * factor + off[j];  // in base 2
     if (SIGNED) t *= sign[j];
@@ -50,9 +50,10 @@ inline void bce_row(T* __restrict s, const T* __restrict off, const T* __restric
     term_sum += (t > 0 ? t : T(0)) * T(kLn2) + 2 * q * atanh_series(q * q);
     if (SIGNED) w *= sign[j];
     weight_sum += w;
+    moment_sum += w * s[j];
     s[j] = weight * w;
   }
-  terms += term_sum, weights += weight_sum;
+  terms += term_sum, weights += weight_sum, moments += moment_sum;
 }
 
 template <class T>
@@ -71,7 +72,7 @@ void bce_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, int6
       if (touched) mask.fill(i, sign, T(-1));
       const auto row = touched ? bce_row<true, T> : bce_row<false, T>;
       row(tile + i * cols, offset, sign, p.factor, p.row_weight[r0 + i], p.term_sum[r0 + i], p.weight_sum[r0 + i],
-          cols);
+          p.moment_sum[r0 + i], cols);
     }
   });
 }

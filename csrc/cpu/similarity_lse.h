@@ -40,9 +40,9 @@ struct SimilarityLse {
   T *col_weight = nullptr, *col_shift = nullptr;  // [n]
   T* dbias = nullptr;                             // [n] or null: accumulates the column sums of G
 
-  // Binary cross-entropies (`similarity_bce`), added to per row: their sums, and those of the weights y sigmoid(y s),
-  // which times row_weight_i are G.
-  T *term_sum = nullptr, *weight_sum = nullptr;  // [m]
+  // Binary cross-entropies (`similarity_bce`), added to per row: their sums, those of the weights y sigmoid(y s), which
+  // times row_weight_i are G, and those of the weights times <a, b>.
+  T *term_sum = nullptr, *weight_sum = nullptr, *moment_sum = nullptr;  // [m]
 
   // Room for each thread to work in: `scratch_size` elements per thread.
   T* scratch = nullptr;
@@ -64,7 +64,7 @@ struct SimilarityLseKernels {
   void (*exp2)(const T* x, T* y, int64_t count);
 };
 
-// The epilogue of `similarity_bce`: adds a tile to term_sum and weight_sum, and makes it G.
+// The epilogue of `similarity_bce`: adds a tile to the sums of its rows, and makes it G.
 template <class T>
 using BceTile = void (*)(const SimilarityLse<T>&, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols);
 

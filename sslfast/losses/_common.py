@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops._check import FLOATS, check_tensor, working_dtype
+from sslfast.ops._check import FLOATS, check_tensor, number, working_dtype
 from sslfast.ops.pair_rows import EPS
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -14,28 +14,43 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_sides(name1: str, x: Tensor, name2: str, y: Tensor) -> int:
     check_tensor(name1, x, FLOATS, (None, None))
-    check_tensor(name2, y, (x.dtype,), tuple(x.shape), x)
+    check_tensor(name2, y, like_dtypes(x), tuple(x.shape), x)
     return x.shape[0]
+
+
+def like_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """Dtypes of what is compared with x: its own, and under autocast those that it casts."""
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return tuple(dtype for dtype in FLOATS if dtype != torch.float64) if casts else (x.dtype,)
 
 
 def view_stack(name: str, views: Tensor | Sequence[Tensor], fewest: int) -> Tensor:
     """[V, N, D] of at least `fewest` views, from such a tensor or a sequence of [N, D]."""
     if isinstance(views, Tensor):
         check_tensor(name, views, FLOATS, (None, None, None))
-    elif isinstance(views, Sequence) and views:
+    elif isinstance(views, Sequence):
         for i, x in enumerate(views):
-            check_sides(f"{name}[0]", views[0], f"{name}[{i}]", x)
-        views = torch.stack(tuple(views))
+            check_tensor(f"{name}[{i}]", x, FLOATS, (None, None))
+            check_tensor(f"{name}[{i}]", x, (views[0].dtype,), tuple(views[0].shape), views[0])
     else:
         raise TypeError(f"{name}: expected a tensor or a sequence of tensors, got {type(views).__name__}")
     if len(views) < fewest:
         raise ValueError(f"{name}: expected at least {fewest} views, got {len(views)}")
-    return views
+    return views if isinstance(views, Tensor) else torch.stack(tuple(views))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 <= number(name, value) < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
 
 
 def compare_dtype(x: Tensor) -> torch.dtype:
@@ -71,6 +86,7 @@ def reduced(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
 def groups_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     """For each row a number in [0, N) that its id alone has, and how many rows are of that id: int64 [N]
     each."""
+    ids = ids.contiguous()
     group = torch.searchsorted(ids.sort().values, ids)
     return group, torch.zeros_like(ids).index_add(0, group, torch.ones_like(ids))[group]
 

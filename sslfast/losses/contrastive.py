@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from sslfast.losses._common import (
     check_reduction,
+    check_share,
     check_sides,
     compare_dtype,
+    like_dtypes,
     minus,
     normalized,
     reduced,
@@ -129,8 +131,7 @@ def info_nce_loss(
     n = check_sides("query", query, "key", key)
     scale = inverse_temperature("temperature", temperature, query)
     check_reduction(reduction)
-    if not 0 <= number("label_smoothing", label_smoothing) < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    check_share("label_smoothing", label_smoothing)
     number("margin", margin)
     if weights is not None:
         check_tensor("weights", weights, FLOATS, (n,), query)
@@ -145,7 +146,7 @@ def info_nce_loss(
             raise ValueError("negatives: expected None when symmetric=True, got a tensor")
         per_query = isinstance(negatives, Tensor) and negatives.dim() == 3
         shape = (n, None, query.shape[1]) if per_query else (None, query.shape[1])
-        check_tensor("negatives", negatives, (query.dtype,), shape, query)
+        check_tensor("negatives", negatives, like_dtypes(query), shape, query)
 
     dtype = compare_dtype(query)
     z, positive = pair_rows(query, key, normalize, dtype)
@@ -204,10 +205,14 @@ def multiview_ntxent_loss(
     z = normalized(z, compare_dtype(z)) if normalize else z.to(compare_dtype(z))
     negatives = similarity_lse(z.flatten(0, 1), scale=scale, a_ids=ids.repeat(count)).view(count, n)
     wide = z.to(working_dtype(z))
+    positives = {(v, w): (wide[v] * wide[w]).sum(1) for v in range(count) for w in range(v)}
     terms = [
-        softplus(minus(negatives, (wide * wide.roll(shift, 0)).sum(2), scale)) for shift in range(1, count)
+        softplus(minus(negatives[v], positives[max(v, w), min(v, w)], scale))
+        for v in range(count)
+        for w in range(count)
+        if v != w
     ]
-    return reduced(torch.stack(terms).mean(0), reduction)
+    return reduced(torch.stack(terms).view(count, count - 1, n).mean(1), reduction)
 
 
 class NTXentLoss(nn.Module):
@@ -245,6 +250,8 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
+        check_share("label_smoothing", label_smoothing)
+        number("margin", margin)
         check_reduction(reduction)
         self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
         self.label_smoothing, self.margin, self.reduction = label_smoothing, margin, reduction

@@ -20,8 +20,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """torch.nn.functional.cross_entropy(hidden @ weight.T + bias, labels), without the logits in memory.
 
-    Rows without a label take no part in any product, and every class gets its gradient, however small its
-    probability.
+    Rows without a label take no part in any product (on a GPU see num_labelled), and every class gets its
+    gradient, however small its probability.
 
     Args:
         hidden: [..., D] floating: features, for a causal model those that predict the label of the same
@@ -44,8 +44,10 @@ def linear_cross_entropy(
     """
     check_tensor("weight", weight, FLOATS, (None, None))
     classes, dim = weight.shape
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-        raise ValueError(f"hidden: expected a tensor of shape [..., {dim}], got {_shape(hidden)}")
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: expected a tensor, got {type(hidden).__name__}")
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: expected shape [..., {dim}], got {list(hidden.shape)}")
     check_tensor("hidden", hidden, FLOATS, (*(None,) * (hidden.dim() - 1), dim), weight)
     check_tensor("labels", labels, (torch.int64,), tuple(hidden.shape[:-1]), hidden)
     if classes < 1:
@@ -53,8 +55,10 @@ def linear_cross_entropy(
     if bias is not None:
         check_tensor("bias", bias, FLOATS, (classes,), hidden)
     check_integer("ignore_index", ignore_index, -(2**63))
+    if ignore_index >= 2**63:
+        raise ValueError(f"ignore_index: expected an int64, got {ignore_index}")
     check_reduction(reduction)
-    h, w = autocast(hidden.reshape(-1, dim), weight)
+    h, w = autocast(hidden.flatten(0, -2), weight)
     assert w is not None
     if h.dtype != w.dtype:
         raise TypeError(f"weight: expected {h.dtype}, as hidden, got {w.dtype}")
@@ -73,11 +77,7 @@ def linear_cross_entropy(
         raise ValueError(f"labels: expected classes in [0, {classes}) or {ignore_index}, got {wrong}")
     flat = torch.where(labelled, flat.clamp(0, classes - 1), ignore_index)
     terms = linear_cross_entropy_rows(h, w, bias, flat, ignore_index, num_labelled)
-    terms = torch.where(valid, terms, torch.nan)
+    terms = terms * torch.where(valid, 1.0, torch.nan)  # its gradient is NaN, too
     if reduction == "mean":
         return terms.sum() / count
     return reduced(terms.view(labels.shape), reduction)
-
-
-def _shape(x: object) -> str:
-    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -162,7 +162,8 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """The key with the largest product with each row of x [B, D] floating: NNCLR's neighbours [B, D].
+        """The key with the largest product with each row of x [B, D] floating, in its dtype: NNCLR's
+        neighbours [B, D].
 
         Raises:
             TypeError, ValueError: not such a tensor, or on another device; the message names it.
@@ -174,7 +175,7 @@ class KeyQueue(nn.Module):
                 (rows @ self.keys.T).argmax(1)
                 for rows in x.to(self.keys.dtype).split(max(1, NEAREST_CHUNK // size))
             ]
-        return self.keys[torch.cat(found)]
+        return self.keys[torch.cat(found)].to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}, normalize={self.normalize}"

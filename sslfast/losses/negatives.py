@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sslfast.losses._common import check_reduction, check_sides, compare_dtype, reduced, softplus
+from sslfast.losses._common import check_reduction, check_share, check_sides, compare_dtype, reduced, softplus
 from sslfast.ops import similarity_lse
 from sslfast.ops._check import check_temperature, inverse_temperature, number
 from sslfast.ops.pair_rows import pair_rows
@@ -88,8 +88,7 @@ def hard_negative_ntxent_loss(
     n = check_sides("z1", z1, "z2", z2)
     scale = inverse_temperature("temperature", temperature, z1)
     number("beta", beta)
-    if not 0 <= number("tau_plus", tau_plus) < 1:
-        raise ValueError(f"tau_plus: expected a number in [0, 1), got {tau_plus}")
+    check_share("tau_plus", tau_plus)
     check_reduction(reduction)
     z, positive, ids = _rows(z1, z2, normalize)
     positive = (scale * positive).repeat(2)
@@ -98,16 +97,16 @@ def hard_negative_ntxent_loss(
     log_count = math.log(2 * n - 2)
     log_mean = similarity_lse(z, scale=scale * (1 + beta), a_ids=ids)
     log_mean = log_mean - (similarity_lse(z, scale=scale * beta, a_ids=ids) if beta else log_count)
-    least = -abs(scale) if isinstance(scale, float) else -scale.abs()
+    least = -scale.abs() if isinstance(scale, Tensor) else -abs(scale)
     if tau_plus:
         # log(R - tau_plus e^s_p) = log R + log(1 - e^u); no u so near 0 that a gradient would overflow
         u = positive - log_mean + math.log(tau_plus)
-        some = u < -1e-30
+        some = ~(u >= -1e-30)  # a NaN stays one
         left = torch.log(-torch.expm1(u.masked_fill(~some, -1.0)))
         debiased = log_mean + left - math.log1p(-tau_plus)
-        log_mean = torch.where(some & (debiased > least), debiased, least)
+        log_mean = torch.where(~some | (debiased <= least), least, debiased)
     else:
-        log_mean = torch.where(log_mean > least, log_mean, least)
+        log_mean = torch.where(log_mean <= least, least, log_mean)
     return reduced(softplus(log_count + log_mean - positive), reduction)
 
 
@@ -130,6 +129,8 @@ class DCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
+        if weight_sigma is not None:
+            check_temperature("weight_sigma", number("weight_sigma", weight_sigma))
         check_reduction(reduction)
         self.temperature, self.weight_sigma = temperature, weight_sigma
         self.normalize, self.reduction = normalize, reduction
@@ -161,6 +162,8 @@ class HardNegativeNTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
+        number("beta", beta)
+        check_share("tau_plus", tau_plus)
         check_reduction(reduction)
         self.temperature, self.beta, self.tau_plus = temperature, beta, tau_plus
         self.normalize, self.reduction = normalize, reduction

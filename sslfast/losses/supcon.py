@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.losses._common import (
+    check_choice,
     check_reduction,
     compare_dtype,
     normalized,
@@ -67,26 +68,28 @@ def supcon_loss(
     scale = inverse_temperature("temperature", temperature, features)
     check_temperature("base_temperature", number("base_temperature", base_temperature))
     check_reduction(reduction)
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    check_choice("form", form, FORMS)
     if labels is not None:
         check_tensor("labels", labels, (torch.int64,), (images,), features)
-    elif viewed:
-        labels = torch.arange(images, device=features.device)
-    else:
+    elif not viewed:
         raise ValueError("labels: expected a tensor for features of [M, D], got None")
 
     dtype = compare_dtype(features)
     z = normalized(features, dtype) if normalize else features.to(dtype)
-    z, labels = z.view(images * views, -1), labels.repeat_interleave(views)
-    terms = _outside(z, labels, scale) if form == "outside" else _inside(z, labels, scale)
+    pairs = labels is None and views == 2
+    labels = torch.arange(images, device=z.device) if labels is None else labels
+    z, labels = z.reshape(images * views, z.shape[-1]), labels.repeat_interleave(views)
+    terms = _outside(z, labels, scale, pairs) if form == "outside" else _inside(z, labels, scale)
     return reduced(terms.view(features.shape[:-1]) / (scale * base_temperature), reduction)
 
 
-def _outside(z: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
+def _outside(z: Tensor, labels: Tensor, scale: Tensor | float, pairs: bool) -> Tensor:
+    """pairs: every row has one positive; then the form of NT-Xent, see contrastive.py, keeps more digits."""
     wide = z.to(working_dtype(z))
     same, size = sums_by_id(labels, wide)
     mean = (wide * (same - wide)).sum(1) / (size - 1).clamp(min=1)
+    if pairs:
+        return softplus(similarity_lse(z, scale=scale, a_ids=labels) - scale * mean)
     return torch.where(size > 1, similarity_lse(z, scale=scale) - scale * mean, 0.0)
 
 
@@ -113,6 +116,7 @@ class SupConLoss(nn.Module):
         check_temperature("temperature", temperature)
         check_temperature("base_temperature", number("base_temperature", base_temperature))
         check_reduction(reduction)
+        check_choice("form", form, FORMS)
         self.temperature, self.base_temperature, self.normalize = temperature, base_temperature, normalize
         self.form, self.reduction = form, reduction
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.losses._common import groups_of, rows_at
+from sslfast.losses._common import check_choice, groups_of, rows_at
 from sslfast.ops._check import FLOATS, check_tensor, number, working_dtype
 from sslfast.ops._library import define, once_differentiable
 from sslfast.ops.hardest_pairs import hardest_pairs
@@ -56,17 +56,18 @@ def triplet_margin_loss(
     check_tensor("embeddings", embeddings, FLOATS, (None, None))
     check_tensor("labels", labels, (torch.int64,), (len(embeddings),), embeddings)
     number("margin", margin)
-    for name, value, allowed in (("mining", mining, MININGS), ("reduction", reduction, REDUCTIONS)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    check_choice("mining", mining, MININGS)
+    check_choice("reduction", reduction, REDUCTIONS)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = embeddings.to(working_dtype(embeddings))
         x = F.normalize(x, dim=1, eps=EPS) if normalize else x
+        x = x - x.detach().mean(0)  # no distance changes, and of rows that are alike no digits cancel
         if mining == "hard":
             loss, count = _batch_hard(x, labels, float(margin))
             active = loss > 0
         else:
             loss, count, active = _Triplets.apply(x, labels, float(margin), mining == "all")
+        loss = loss + 0 * x.detach().sum()  # a NaN, which comparisons would pass over
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -119,42 +120,49 @@ def _partner(distance: Tensor, positive: Tensor, ordered: Tensor, count: Tensor,
     return place, some, torch.relu(distance - ordered.gather(1, place) + margin).masked_fill_(~some, 0.0)
 
 
+def _count(distance: Tensor, positive: Tensor, ordered: Tensor, count: Tensor, margin: float):
+    """Of all triplets those with a loss, counted: for each positive its negatives, for each row the positives
+    that lose against it. And the positives' distances plus the margin."""
+    reach = distance + margin
+    nearer = torch.searchsorted(ordered, reach).minimum(count).masked_fill_(~positive, 0)
+    farthest = reach.masked_fill(~positive, -torch.inf).sort(1).values
+    return reach, nearer, distance.shape[1] - torch.searchsorted(farthest, distance, right=True)
+
+
 def _sum_triplets(x: Tensor, labels: Tensor, margin: float, every: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of each anchor [N]: sum of losses, number of triplets, number of those with a loss above 0."""
     loss = x.new_zeros(len(x))
     triplets, active = torch.zeros_like(labels), torch.zeros_like(labels)
-    for rows, distance, positive, _, ordered, _, count in _distances(x, labels):
-        if every:
-            reach = distance + margin
-            nearer = torch.searchsorted(ordered, reach).minimum(count).masked_fill_(~positive, 0)
-            total = ordered.masked_fill(ordered == torch.inf, 0.0).cumsum(1, dtype=torch.float64)
-            terms = nearer * reach.double() - F.pad(total, (1, 0)).gather(1, nearer)
-            triplets[rows], active[rows] = positive.sum(1) * count[:, 0], nearer.sum(1)
-        else:
-            _, some, terms = _partner(distance, positive, ordered, count, margin)
-            triplets[rows], active[rows] = some.sum(1), (terms > 0).sum(1)
-        loss[rows] = terms.sum(1, dtype=torch.float64).to(loss.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, distance, positive, negative, ordered, _, count in _distances(x, labels):
+            if every:
+                reach, nearer, pushed = _count(distance, positive, ordered, count, margin)
+                terms = nearer * reach.double() - pushed.masked_fill_(~negative, 0) * distance.double()
+                triplets[rows], active[rows] = positive.sum(1) * count[:, 0], nearer.sum(1)
+            else:
+                _, some, terms = _partner(distance, positive, ordered, count, margin)
+                triplets[rows], active[rows] = some.sum(1), (terms > 0).sum(1)
+            loss[rows] = terms.sum(1, dtype=torch.float64).to(loss.dtype)
     return loss, triplets, active
 
 
 def _pull_triplets(g: Tensor, x: Tensor, labels: Tensor, margin: float, every: bool) -> Tensor:
     """Gradient to x, given those of the anchors' sums."""
     dx = torch.zeros_like(x)
-    for rows, distance, positive, negative, ordered, order, count in _distances(x, labels):
-        if every:
-            reach = distance + margin
-            counts = torch.searchsorted(ordered, reach).minimum(count).masked_fill_(~positive, 0)
-            reach = reach.masked_fill_(~positive, -torch.inf).sort(1).values
-            pushed = x.shape[0] - torch.searchsorted(reach, distance, right=True)
-            counts -= pushed.masked_fill_(~negative, 0)
-        else:
-            place, _, terms = _partner(distance, positive, ordered, count, margin)
-            counts = (terms > 0).long()
-            chosen = torch.zeros_like(counts).scatter_add_(1, place, counts)
-            counts = counts - torch.zeros_like(counts).scatter_(1, order, chosen)
-        weights = (counts / distance).masked_fill_((distance == 0) | (counts == 0), 0.0).mul_(g[rows, None])
-        dx[rows] += weights.sum(1, keepdim=True) * x[rows] - weights @ x
-        dx += weights.sum(0)[:, None] * x - weights.T @ x[rows]
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, distance, positive, negative, ordered, order, count in _distances(x, labels):
+            if every:
+                _, counts, pushed = _count(distance, positive, ordered, count, margin)
+                counts -= pushed.masked_fill_(~negative, 0)
+            else:
+                place, _, terms = _partner(distance, positive, ordered, count, margin)
+                counts = (terms > 0).long()
+                chosen = torch.zeros_like(counts).scatter_add_(1, place, counts)
+                counts = counts - torch.zeros_like(counts).scatter_(1, order, chosen)
+            weights = (counts / distance).masked_fill_((distance == 0) | (counts == 0), 0.0)
+            weights *= g[rows, None]
+            dx[rows] += weights.sum(1, keepdim=True) * x[rows] - weights @ x
+            dx += weights.sum(0)[:, None] * x - weights.T @ x[rows]
     return dx
 
 

@@ -61,9 +61,10 @@ class Tiles(Protocol):
 
     def begin_bce(self, g: Tensor) -> None: ...
     def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
-        """The tile's G of `similarity_bce`, as `backward`; its terms and weights are added to each row's."""
+        """The tile's G of `similarity_bce`, as `backward`."""
 
-    def finish_bce(self) -> tuple[Tensor, Tensor]: ...
+    def finish_bce(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row the sums of its terms, of its weights, and of its weights times products."""
 
     def total(self, rows: int) -> Tensor:
         """[rows, D] to accumulate in."""
@@ -105,9 +106,10 @@ def bce(tiles: Tiles, g: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, Gradi
     g [m] are the gradients of the row sums. Everything comes of one walk over the tiles.
     """
     tiles.begin_bce(g)
-    gradients = _products(tiles, tiles.bce, needs)
-    row, weight = tiles.finish_bce()
-    return row, (*gradients, (g * weight).sum(dtype=torch.float64) if needs[3] else None)
+    da, db, _ = _products(tiles, tiles.bce, (*needs[:2], False, False))
+    row, weight, moment = tiles.finish_bce()
+    dscale, dbias = ((g * x).sum(dtype=torch.float64) for x in (moment, weight))
+    return row, (da, db, dscale if needs[2] else None, dbias if needs[3] else None)
 
 
 def _products(
@@ -287,15 +289,15 @@ class CpuTiles:
         return tile
 
     def begin_bce(self, g: Tensor) -> None:
-        self._g, self._sums = g.contiguous(), self.a.new_empty(2, self.m)
+        self._g, self._sums = g.contiguous(), self.a.new_empty(3, self.m)
         self._kernels.begin_bce(
-            self._pointer("g", self._g, self.m), self._pointer("sums", self._sums, 2, self.m)
+            self._pointer("g", self._g, self.m), self._pointer("sums", self._sums, 3, self.m)
         )
 
     def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         self._kernels.bce(self._pointer("tile", tile, rows, cols), r0, rows, c0, cols)
         return tile
 
-    def finish_bce(self) -> tuple[Tensor, Tensor]:
-        row, weight = self._sums
-        return row, weight
+    def finish_bce(self) -> tuple[Tensor, Tensor, Tensor]:
+        row, weight, moment = self._sums
+        return row, weight, moment

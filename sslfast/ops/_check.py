@@ -92,15 +92,18 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
                 f"got {value.dtype} {list(value.shape)}"
             )
         return value.to(like.device, work)
-    if abs(number(name, value)) > torch.finfo(work).max:
+    if abs(number(name, value, _SCALAR)) > torch.finfo(work).max:
         raise ValueError(f"{name}: expected a number that {work} can hold, got {value}")
     return torch.full((), value, dtype=work, device=like.device)
 
 
-def number(name: str, value: float) -> float:
+_SCALAR = "a number or a 0-d tensor"
+
+
+def number(name: str, value: float, expected: str = "a number") -> float:
     """A finite number, and not a bool."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
@@ -109,7 +112,7 @@ def number(name: str, value: float) -> float:
 def check_temperature(name: str, temperature: Tensor | float) -> None:
     """A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
     if not isinstance(temperature, Tensor):
-        if abs(number(name, temperature)) < TINIEST_TEMPERATURE:
+        if abs(number(name, temperature, _SCALAR)) < TINIEST_TEMPERATURE:
             raise ValueError(f"{name}: expected a number other than 0, got {temperature}")
         return
     if temperature.dim() != 0 or not temperature.is_floating_point():

@@ -147,20 +147,22 @@ class GpuTiles:
     def begin_bce(self, g: Tensor) -> None:
         self._measure_upstream()
         self._coef = g / self._unit[0]
-        self._sums = self._buffer.new_zeros(2, self.m)
+        self._sums = self._buffer.new_zeros(3, self.m)
+        blocks = -(-min(self.tile_cols, self.n) // self._block.y)
+        self._part = self._buffer.new_empty(3 * blocks * self._row_slot)
 
     def bce(self, tile: Tensor, r0: int, rows: int, c0: int, cols: int) -> Tensor:
         place = (r0, rows, c0, cols)
         out = self._weights[: rows * cols].view(rows, cols) if len(self._weights) else tile
         shared = self._shared(*place)
-        self._launch(kernels.tile_bce, place, tile, out, *shared, self._coef, self._row_part, self._row_slot)
-        parts = self._row_part[: 2 * -(-cols // self._block.y) * self._row_slot].view(2, -1, self._row_slot)
+        self._launch(kernels.tile_bce, place, tile, out, *shared, self._coef, self._part, self._row_slot)
+        parts = self._part[: 3 * -(-cols // self._block.y) * self._row_slot].view(3, -1, self._row_slot)
         self._sums[:, r0 : r0 + rows] += parts[:, :, :rows].sum(1)
         return out
 
-    def finish_bce(self) -> tuple[Tensor, Tensor]:
-        row, weight = self._sums
-        return row, weight
+    def finish_bce(self) -> tuple[Tensor, Tensor, Tensor]:
+        row, weight, moment = self._sums
+        return row, weight, moment
 
 
 @functools.lru_cache

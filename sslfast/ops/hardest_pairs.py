@@ -38,7 +38,7 @@ def _cpu(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     offset = x.square().sum(1).mul_(-0.5)
     scores = x.new_empty(2, n)
     scores[0], scores[1] = torch.inf, -torch.inf
-    found = torch.zeros(2, n, dtype=torch.int32)
+    found = x.new_zeros(2, n, dtype=torch.int32)
     narrow = groups.to(torch.int32)
     rows, cols = (min(size, n) for size in cpu_tile(x.shape[1]))
     buffer = x.new_empty(rows * cols)
@@ -48,14 +48,14 @@ def _cpu(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
             tile = buffer[: len(left) * len(right)].view(len(left), len(right))
             torch.mm(left, right.t(), out=tile)
             _KERNELS[x.dtype](
-                n, len(left), len(right), r0, c0, tile.data_ptr(),
+                n, len(left), len(right), r0, c0,
+                _backend.pointer("tile", tile, x.dtype, (len(left), len(right)), x.device),
                 _backend.pointer("offset", offset, x.dtype, (n,), x.device),
                 _backend.pointer("groups", narrow, torch.int32, (n,), x.device),
                 _backend.pointer("scores", scores, x.dtype, (2, n), x.device),
                 _backend.pointer("found", found, torch.int32, (2, n), x.device), torch.get_num_threads(),
             )  # fmt: skip
-    far, near = found.long()
-    return far, near
+    return found[0].long(), found[1].long()
 
 
 def _serve(x: Tensor, groups: Tensor, forced: str) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@
 The sums are those of `similarity_lse` over the classes other than the label. With m_i = 1 - softmax(s_i)_y
 its backward pass, of upstream gradient g_i m_i, gives what those classes contribute; the label's class gets
 dw_y -= g_i m_i h_i and dh_i -= g_i m_i w_y in place, so that weights have one gradient in memory.
-Rows that have no label are left out of every product.
+Rows that have no label are left out of every product, on a GPU as many as the caller vouches for.
 """
 
 import torch
@@ -35,21 +35,21 @@ class _Labelled:
     """The rows that have a label, next to each other.
 
     On a GPU a bound of their number is the caller's to tell. Rows without a label that stay below it, or all
-    of them where there is none, come last, as zeros, and count for nothing.
+    of them where there is none, are zeros of any label and count for nothing.
     """
 
-    def __init__(self, hidden: Tensor, labels: Tensor, ignored: int, count: int) -> None:
+    def __init__(self, hidden: Tensor, labels: Tensor, classes: int, ignored: int, count: int) -> None:
         self.size, some = len(labels), labels != ignored
-        if not _may_count(labels):
-            order = (~some).to(torch.uint8).argsort(stable=True)
-            self.rows: Tensor | None = order if count < 0 else order[:count]
-        else:
+        self.rows: Tensor | None = None  # all of them
+        if _may_count(labels):
             found = some.nonzero()[:, 0]
             self.rows = None if len(found) == self.size else found
-        self.some = self.take(some)
-        self.labels = self.take(labels).masked_fill(~self.some, 0)
-        self.hidden = self.take(hidden)
+        elif 0 <= count < self.size:
+            self.rows = (~some).to(torch.uint8).argsort(stable=True)[:count]
+        self.some, self.hidden, self.labels = (self.take(x) for x in (some, hidden, labels))
         if not _may_count(labels):
+            others = torch.arange(len(self.labels), device=labels.device) % classes
+            self.labels = torch.where(self.some, self.labels, others)
             self.hidden = self.hidden.masked_fill(~self.some[:, None], 0.0)
 
     def take(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _Labelled:
 
 
 def _forward(hidden, weight, bias, labels, ignored, count, backend):
-    at = _Labelled(hidden, labels, ignored, count)
+    at = _Labelled(hidden, labels, len(weight), ignored, count)
     work = working_dtype(hidden)
     if len(at.labels) == 0:
         return tuple(hidden.new_zeros(len(labels), dtype=work) for _ in range(3))
@@ -79,7 +79,7 @@ def _forward(hidden, weight, bias, labels, ignored, count, backend):
 
 
 def _backward(g, missed, lse, hidden, weight, bias, labels, ignored, count, needs, backend):
-    at = _Labelled(hidden, labels, ignored, count)
+    at = _Labelled(hidden, labels, len(weight), ignored, count)
     need_h, need_w, need_b = needs
     work = working_dtype(hidden)
     if len(at.labels) == 0:
@@ -87,7 +87,7 @@ def _backward(g, missed, lse, hidden, weight, bias, labels, ignored, count, need
         return tuple(x.new_zeros(x.shape) if need else hidden.new_empty(0) for x, need in inputs)
     one = torch.ones((), dtype=work, device=hidden.device)
     ids = torch.arange(len(weight), device=hidden.device)
-    upstream = at.take(g * missed)
+    upstream = at.take(g * missed).masked_fill(~at.some, 0.0)
     with torch.autocast(hidden.device.type, enabled=False):
         serve = _backend.implementation("similarity_lse", backend).backward
         assert serve is not None
@@ -120,7 +120,7 @@ def _backward_fake(g, missed, lse, hidden, weight, bias, labels, ignored, count,
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in inputs)
 
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignored, int count"
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignored, SymInt count"
 _fwd = define(
     f"linear_cross_entropy_fwd({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,

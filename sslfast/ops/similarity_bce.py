@@ -132,6 +132,7 @@ def similarity_bce(
         TypeError, ValueError: an invalid argument; the message names it.
     """
     check_tensor("a", a, FLOATS, (None, None))
+    a, b = autocast(a, b)  # type: ignore[assignment]
     check_tensor("b", b, (a.dtype,), (None, a.shape[1]), a)
     if (a_ids is None) != (b_ids is None):
         raise ValueError(f"{'b' if b_ids is None else 'a'}_ids: expected ids for both sides, got None")
@@ -141,7 +142,6 @@ def similarity_bce(
     else:
         check_tensor("a_ids", a_ids, (torch.int64,), (len(a),), a)
         check_tensor("b_ids", b_ids, (torch.int64,), (len(b),), a)
-    a, b = autocast(a, b)  # type: ignore[assignment]
     backend = _backend.resolve("similarity_bce", a.device, a.dtype)
     if backend == "reference":
         row = reference(a, b, scale, bias, a_ids, b_ids)
@@ -149,5 +149,6 @@ def similarity_bce(
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b
         b_ids = b_ids.view_as(b_ids) if b_ids is a_ids else b_ids
+        bias = bias.view_as(bias) if bias is scale else bias
     trains = torch.is_grad_enabled()  # inside of a Function it never is
     return _SimilarityBCE.apply(a, b, scale, bias, a_ids, b_ids, total, trains, backend)
