@@ -52,7 +52,7 @@ CASES = (
     Case("linear_cross_entropy", 2048, 512, 50257, faster=1, memory=0.1, rounds=5),
 )
 COMPILED = ("clip_loss", "siglip_loss", "supcon_loss")
-PROCESSES = 5  # what malloc keeps of freed memory varies
+PROCESSES = 3  # what malloc keeps of freed memory varies
 
 
 def main(
@@ -68,7 +68,7 @@ def main(
         json_out: where to write the results; a folder gets <device>/losses.json.
         only: cases whose name begins so, as the tables have it: a loss, or "clip_loss, scale 100".
         rounds: alternations, each of which times every implementation once; 0: 9, or 5 of the linear layer.
-        memory: also measure memory, in five processes for each implementation.
+        memory: also measure memory, in three processes for each implementation.
         quick: small sizes, two rounds, one process: whether it runs.
         memory_of: (internal) measure the memory of one implementation of a case in this process and print it.
     """
