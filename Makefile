@@ -13,7 +13,7 @@ demo: $(READY)
 # Two tests at a time. Idle threads sleep, since spinning ones would take the other test's cores; Triton's interpreter
 # uses one core.
 test: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup -m "not accuracy and not interpreted"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal -m "not accuracy and not interpreted"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted
 
 accuracy: $(READY)

@@ -92,12 +92,12 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
                 f"got {value.dtype} {list(value.shape)}"
             )
         return value.to(like.device, work)
-    if abs(number(name, value, _SCALAR)) > torch.finfo(work).max:
+    if abs(number(name, value, SCALAR)) > torch.finfo(work).max:
         raise ValueError(f"{name}: expected a number that {work} can hold, got {value}")
     return torch.full((), value, dtype=work, device=like.device)
 
 
-_SCALAR = "a number or a 0-d tensor"
+SCALAR = "a number or a 0-d tensor"
 
 
 def number(name: str, value: float, expected: str = "a number") -> float:
@@ -112,7 +112,7 @@ def number(name: str, value: float, expected: str = "a number") -> float:
 def check_temperature(name: str, temperature: Tensor | float) -> None:
     """A number, or a 0-d tensor on the CPU, may not be 0 or non-finite."""
     if not isinstance(temperature, Tensor):
-        if abs(number(name, temperature, _SCALAR)) < TINIEST_TEMPERATURE:
+        if abs(number(name, temperature, SCALAR)) < TINIEST_TEMPERATURE:
             raise ValueError(f"{name}: expected a number other than 0, got {temperature}")
         return
     if temperature.dim() != 0 or not temperature.is_floating_point():

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sslfast import _C
 from sslfast.kernels import tuning
 from sslfast.ops import _backend
-from sslfast.ops._check import FLOATS, check_tensor, may_read, number
+from sslfast.ops._check import FLOATS, SCALAR, check_tensor, may_read, number
 from sslfast.ops._library import define
 
 
@@ -329,7 +329,7 @@ def check_momentum(name: str, momentum: Tensor | float) -> None:
         if not may_read(momentum):
             return
         momentum = float(momentum.detach())
-    if not 0 <= number(name, momentum) <= 1:
+    if not 0 <= number(name, momentum, SCALAR) <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {momentum}")
 
 
