@@ -56,6 +56,8 @@ inline void bce_row(T* __restrict s, const T* __restrict off, const T* __restric
   terms += term_sum, weights += weight_sum, moments += moment_sum;
 }
 
+constexpr int64_t kStretch = 256;  // columns that are added one by one; stretches then add up: less rounding
+
 template <class T>
 void bce_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, int64_t c0, int64_t cols) {
   const Mask<T> mask(p, r0, c0, cols);
@@ -71,8 +73,10 @@ void bce_tile(const SimilarityLse<T>& p, T* tile, int64_t r0, int64_t rows, int6
       for (int64_t j = 0; touched && j < cols; ++j) sign[j] = 1;
       if (touched) mask.fill(i, sign, T(-1));
       const auto row = touched ? bce_row<true, T> : bce_row<false, T>;
-      row(tile + i * cols, offset, sign, p.factor, p.row_weight[r0 + i], p.term_sum[r0 + i], p.weight_sum[r0 + i],
-          p.moment_sum[r0 + i], cols);
+      for (int64_t j = 0; j < cols; j += kStretch) {
+        row(tile + i * cols + j, offset + j, sign + j, p.factor, p.row_weight[r0 + i], p.term_sum[r0 + i],
+            p.weight_sum[r0 + i], p.moment_sum[r0 + i], cols - j < kStretch ? cols - j : kStretch);
+      }
     }
   });
 }
