@@ -4,9 +4,11 @@ from sslfast.ops._backend import available_backends, use_backend
 from sslfast.ops.block_mask import block_patch_mask
 from sslfast.ops.ema import ema_update_
 from sslfast.ops.embed_visible_patches import embed_visible_patches
+from sslfast.ops.guided_lse import guided_lse
 from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse, patchify, unpatchify
 from sslfast.ops.patch_mask import PatchMask, random_patch_mask
 from sslfast.ops.patches import gather_patches, restore_patches
+from sslfast.ops.similarity_bce import similarity_bce
 from sslfast.ops.similarity_lse import similarity_lse
 from sslfast.ops.soft_cross_entropy import soft_cross_entropy
 
@@ -17,11 +19,13 @@ __all__ = [
     "ema_update_",
     "embed_visible_patches",
     "gather_patches",
+    "guided_lse",
     "masked_patch_l1",
     "masked_patch_mse",
     "patchify",
     "random_patch_mask",
     "restore_patches",
+    "similarity_bce",
     "similarity_lse",
     "soft_cross_entropy",
     "unpatchify",

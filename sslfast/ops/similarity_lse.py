@@ -281,6 +281,8 @@ def similarity_lse(
     same = pairs == "same"
     backend = _backend.resolve("similarity_lse", a.device, a.dtype)
     if backend == "reference":
+        if b is not None and not b.requires_grad and torch.is_grad_enabled():
+            b = b.clone()  # which may change before the backward pass, as with the other backends
         return reference(a, b, scale, bias, a_ids, b_ids, same, return_cols)
     if torch.compiler.is_compiling():  # torch.compile takes no tensor twice
         b = b.view_as(b) if b is a else b

@@ -1,0 +1,95 @@
+"""A drop-in for SupContrast's losses.SupConLoss, which is a file and not a package: nothing to install.
+
+from sslfast.interop.supcontrast import SupConLoss  # instead of: from losses import SupConLoss
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.interop._rows import products, whole_numbers, wide
+from sslfast.losses import supcon_loss
+from sslfast.ops import similarity_lse
+
+PACKAGE = None
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020), times temperature / base_temperature.
+
+    In memory linear in the batch, but for a mask that is given. Nothing is normalised. An anchor without a
+    positive gives 0 and counts in the mean, as in the repository's newest version; older ones give NaN.
+
+    Args:
+        temperature: number, not 0.
+        contrast_mode: "all": every view is an anchor; "one": the first view of each image.
+        base_temperature: number, not 0.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07
+    ) -> None:
+        super().__init__()
+        self.temperature, self.contrast_mode = temperature, contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            features: [B, V, ...]; dimensions behind the second are flattened.
+            labels: [B], or [B, 1], of any dtype; None: each image is a class of its own.
+            mask: [B, B] in place of labels: how much sample j is of sample i's class; may be asymmetric.
+
+        Returns:
+            0-d float32 (float64 for float64 features).
+
+        Raises:
+            ValueError: fewer than three dimensions, labels and a mask, labels of another number, or an
+                unknown contrast_mode.
+        """
+        if features.dim() < 3:
+            raise ValueError(f"features: expected [B, V, ...], got {list(features.shape)}")
+        features = features.flatten(2)
+        batch, views, _ = features.shape
+        if labels is not None and mask is not None:
+            raise ValueError("mask: expected None with labels given, got both")
+        if self.contrast_mode not in ("all", "one"):
+            raise ValueError(f"contrast_mode: expected 'all' or 'one', got {self.contrast_mode!r}")
+        if labels is not None:
+            labels = labels.reshape(-1)
+            if len(labels) != batch:
+                raise ValueError(f"labels: expected {batch}, one for each image, got {len(labels)}")
+            labels = whole_numbers(labels)[0].to(features.device)
+        if mask is None and self.contrast_mode == "all":
+            return supcon_loss(features, labels, self.temperature, self.base_temperature, normalize=False)
+        return self._anchored(features, labels, mask)
+
+    def _anchored(self, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Anchors of the first view, or a mask: lse_i - sum_j mask_ij s_ij / sum_j mask_ij."""
+        batch, views, _ = features.shape
+        rows = features.transpose(0, 1).flatten(0, 1)  # one view after another
+        images = wide(features).sum(1)  # <x, images_j> is the sum over image j's views
+        if mask is not None:
+            mask = mask.to(features.device, images.dtype)
+            sums, weight, own = mask @ images, mask.sum(1), mask.diagonal()
+        else:
+            ids = torch.arange(batch, device=rows.device) if labels is None else labels
+            group = torch.unique(ids, return_inverse=True)[1]
+            classes = torch.zeros_like(images).index_put((group,), images, accumulate=True)
+            count = torch.bincount(group, minlength=batch)
+            sums, weight = classes[group], count[group].to(images.dtype)
+            own = torch.ones_like(weight)
+        scale = 1 / self.temperature
+        if self.contrast_mode == "one":
+            anchors, positions = rows[:batch], torch.arange(len(rows), device=rows.device)
+            lse = similarity_lse(anchors, rows, scale=scale, a_ids=positions[:batch], b_ids=positions)
+        else:
+            anchors, lse = rows, similarity_lse(rows, scale=scale)
+            sums, weight, own = sums.repeat(views, 1), weight.repeat(views), own.repeat(views)
+        # An anchor is no positive of its own.
+        products_of = products(anchors, sums) - own * products(anchors, anchors)
+        weight = weight * views - own
+        some = weight.abs() >= 1e-6
+        terms = torch.where(some, lse, 0.0) - torch.where(
+            some, scale * products_of / torch.where(some, weight, 1.0), 0.0
+        )
+        return terms.mean() * (self.temperature / self.base_temperature)

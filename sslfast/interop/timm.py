@@ -1,0 +1,57 @@
+"""A drop-in for timm's ModelEmaV3; timm has to be installed: it is a subclass.
+
+from sslfast.interop.timm import ModelEmaV3  # instead of: from timm.utils import ModelEmaV3
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.ops import ema_update_
+
+try:
+    from timm.utils import model_ema
+except ImportError as error:
+    raise ImportError("sslfast.interop.timm: pip install timm") from error
+
+PACKAGE = "timm"
+NEEDS = "timm"
+
+
+class ModelEmaV3(model_ema.ModelEmaV3):
+    """timm.utils.ModelEmaV3, whose update is one pass over the memory.
+
+    bfloat16 averages with stochastic rounding, and averages on another device than the model's, are updated
+    by timm's own code. A tensor that the state has under two names (tied weights) is averaged once; timm does
+    so twice. `sslfast.EMATeacher` is faster: it keeps the average in one flat tensor.
+    """
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        ours, theirs = list(self.module.state_dict().values()), list(model.state_dict().values())
+        if not self._update(ours, theirs, decay):
+            super().apply_update_(model, decay)
+
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        if not self._update(list(self.module.parameters()), list(model.parameters()), decay):
+            return super().apply_update_no_buffers_(model, decay)
+        for ema, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            ema.copy_(new)
+
+    def _update(self, ours: list[Tensor], theirs: list[Tensor], decay: float) -> bool:
+        """Averages floating tensors and copies the others, if this is a case for `ema_update_`."""
+        rounds = getattr(self, "stochastic_rounding", False)
+        if any(
+            x.device != y.device or x.is_complex() or (rounds and x.dtype == torch.bfloat16)
+            for x, y in zip(ours, theirs, strict=True)
+        ):
+            return False
+        pairs = {(x.data_ptr(), x.shape, x.stride()): (x, y) for x, y in zip(ours, theirs, strict=True)}
+        floating = [(x, y) for x, y in pairs.values() if x.is_floating_point() and x.numel()]
+        for x, y in pairs.values():
+            if not x.is_floating_point():
+                x.copy_(y)
+        if floating:
+            ema_update_([x for x, _ in floating], [y for _, y in floating], decay)
+        return True
+
+
+SWAPS = {"timm.utils.model_ema.ModelEmaV3": ModelEmaV3}
