@@ -1,14 +1,17 @@
 """Drop-ins with other libraries' exact signatures, one module for each, and `patch` that puts them in place.
 
 from sslfast.interop.lightly import NTXentLoss  # one changed line, or
-sslfast.interop.patch("lightly")                # none: what the program has imported is swapped
+sslfast.interop.patch("lightly")                # none: the library's own classes get the fast methods
 """
 
 import functools
 import importlib
+import inspect
+import re
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from importlib import metadata
+from types import FunctionType
 from typing import Any
 
 __all__ = ["patch", "patched", "unpatch"]
@@ -17,9 +20,10 @@ LIBRARIES = (
     "lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers", "solo_learn", "timm", "torch",
     "transformers",
 )  # fmt: skip
+_MISSING = object()
 
-# library: {dotted name: (original, what stands in for it)}
-_swapped: dict[str, dict[str, tuple[Any, Any]]] = {}
+# library: {name: what undoes its swap}
+_swapped: dict[str, dict[str, Callable[[], None]]] = {}
 
 
 def patched() -> tuple[str, ...]:
@@ -28,61 +32,85 @@ def patched() -> tuple[str, ...]:
 
 
 def patch(library: str) -> list[str]:
-    """Swaps a library's losses and helpers for the drop-ins, in every loaded module that refers to them.
+    """Makes a library's losses and helpers compute what the drop-ins compute.
 
-    Imports after it get the drop-ins too. Instances that exist keep their class; of `transformers` a method
-    is swapped, which they get as well. Instances made while it is in place are pickled as the original's,
-    and load without it.
+    Classes stay the library's: their methods are swapped, so that instances that exist, subclasses,
+    isinstance and pickles are what they were. Functions are swapped in every loaded module that refers to
+    them, and for imports after this call.
 
     Args:
         library: one of `LIBRARIES`.
 
     Returns:
-        What was swapped, such as "lightly.loss.ntx_ent_loss.NTXentLoss"; names that the installed version
-        does not have are left out.
+        What was swapped, such as "lightly.loss.ntx_ent_loss.NTXentLoss". What the installed version does not
+        have, or has with other parameters, is left alone.
 
     Raises:
         ValueError: another name, or a collection of files that has no package: import its drop-in instead.
-        ImportError: the library is not installed.
+        ImportError: the library is not installed, or is too old.
     """
-    adaptor = _adaptor(library)
+    _check_name(library)
     if library in _swapped:
         return list(_swapped[library])
-    try:
-        importlib.import_module(adaptor.PACKAGE)
-    except ImportError as error:
-        raise ImportError(f"sslfast.interop.patch({library!r}): pip install {adaptor.NEEDS}") from error
-    swaps = {}
+    adaptor = importlib.import_module(f"sslfast.interop.{library}")
+    _check_installed(adaptor)
+    undo = _swapped[library] = {}
     for name, ours in adaptor.SWAPS.items():
-        owner = _owner(name)
-        original = getattr(owner, name.rsplit(".", 1)[1], None)
-        if original is not None:
-            swaps[name] = original, _stand_in(original, ours)
-    for name, (original, stand_in) in swaps.items():
-        _replace(_owner(name), original, stand_in)
-    _swapped[library] = swaps
-    return list(swaps)
+        owner, key = _owner(name), name.rsplit(".", 1)[1]
+        original = getattr(owner, key, None)
+        if original is None or not _alike(original, ours):
+            continue
+        if isinstance(ours, type):
+            methods = {k: f for k, f in vars(ours).items() if isinstance(f, FunctionType) and k[:2] != "__"}
+            undo[name] = _set(original, methods)
+        elif isinstance(owner, type):
+            undo[name] = _set(owner, {key: ours})
+        else:
+            stand_in = _copy(ours, original)
+            _replace(original, stand_in)
+            undo[name] = functools.partial(_replace, stand_in, original)
+    return list(undo)
 
 
 def unpatch(library: str) -> None:
-    """Puts the originals back, also where they were imported since; what never was swapped stays.
+    """Puts the originals back, functions also where they were imported since.
 
     Raises:
         ValueError: an unknown name.
     """
-    _adaptor(library)
-    for name, (original, stand_in) in _swapped.pop(library, {}).items():
-        _replace(_owner(name), stand_in, original)
+    _check_name(library)
+    for undo in _swapped.pop(library, {}).values():
+        undo()
 
 
-def _adaptor(library: str) -> Any:
+def _check_name(library: str) -> None:
     if library in ("moco", "supcontrast"):
         raise ValueError(
             f"library: {library} has no package to patch; import from sslfast.interop.{library} instead"
         )
     if library not in LIBRARIES:
         raise ValueError(f"library: expected one of {', '.join(LIBRARIES)}, got {library!r}")
-    return importlib.import_module(f"sslfast.interop.{library}")
+
+
+def _check_installed(adaptor: Any) -> None:
+    """adaptor.NEEDS is such as "lightly>=1.5"."""
+    try:
+        importlib.import_module(adaptor.PACKAGE)
+    except ImportError as error:
+        raise ImportError(
+            f"{adaptor.PACKAGE} cannot be imported ({error}): pip install '{adaptor.NEEDS}'"
+        ) from error
+    package, least = adaptor.NEEDS.split(">=")
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout
+        return
+    if _numbers(found) < _numbers(least):
+        raise ImportError(f"{package} is {found}: pip install '{adaptor.NEEDS}'")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", version)[:2]]
 
 
 def _owner(name: str) -> Any:
@@ -97,16 +125,34 @@ def _owner(name: str) -> Any:
     return None
 
 
-def _stand_in(original: Any, ours: Any) -> Any:
-    """Ours under the original's module and name, and an object of its own, which `unpatch` can tell from a
-    drop-in that a program imported itself."""
+def _alike(original: Any, ours: Any) -> bool:
+    """Whether ours takes what the original takes: its parameters, and perhaps more behind them."""
     if isinstance(ours, type):
-        names = {key: getattr(original, key) for key in ("__module__", "__qualname__")}
-        return type(original.__name__, (ours,), {**names, "__doc__": ours.__doc__})
-    return _copy(ours, original)
+        public = [k for k, f in vars(ours).items() if isinstance(f, FunctionType) and k[0] != "_"]
+        return all(_alike(getattr(original, k), getattr(ours, k)) for k in public if hasattr(original, k))
+    theirs, mine = (list(inspect.signature(f).parameters) for f in (original, ours))
+    return mine[: len(theirs)] == theirs
+
+
+def _set(owner: type, values: dict[str, Any]) -> Callable[[], None]:
+    """Sets attributes of a class; the result puts back what was there."""
+    before = {key: vars(owner).get(key, _MISSING) for key in values}
+
+    def undo() -> None:
+        for key, value in before.items():
+            if value is _MISSING:
+                delattr(owner, key)
+            else:
+                setattr(owner, key, value)
+
+    for key, value in values.items():
+        setattr(owner, key, value)
+    return undo
 
 
 def _copy(function: Callable, original: Callable) -> Callable:
+    """An object of its own, so that `_replace` can tell it from a drop-in that a program imported itself."""
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -115,15 +161,10 @@ def _copy(function: Callable, original: Callable) -> Callable:
     return call
 
 
-def _replace(owner: Any, old: Any, new: Any) -> None:
-    """In the owner if it is a class, otherwise wherever a loaded module has it."""
-    modules = [owner] if isinstance(owner, type) else list(sys.modules.values())
-    for module in modules:
+def _replace(old: Any, new: Any) -> None:
+    """Wherever a loaded module has it, but for the adaptors, which keep the original."""
+    for name, module in list(sys.modules.items()):
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict) and not isinstance(module, type):
-            continue
-        if isinstance(module, ModuleType) and module.__name__.startswith("sslfast.interop"):
-            continue
-        for key, value in list((names or {}).items()):
-            if value is old:
-                setattr(module, key, new)
+        if isinstance(names, dict) and not name.startswith("sslfast.interop"):
+            for key in [k for k, value in list(names.items()) if value is old]:
+                names[key] = new

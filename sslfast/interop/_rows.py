@@ -33,12 +33,18 @@ def positions(x: Tensor, first: int = 0) -> Tensor:
     return torch.arange(first, first + len(x), device=x.device)
 
 
-def whole_numbers(*labels: Tensor) -> list[Tensor]:
-    """int64 labels that are equal where the given ones, of any dtype, are."""
-    if all(not x.is_floating_point() for x in labels):
+def whole_numbers(name: str, *labels: Tensor) -> list[Tensor]:
+    """int64 labels that are equal where the given ones, of any dtype, are.
+
+    Raises:
+        ValueError: a label is NaN.
+    """
+    if not any(x.is_floating_point() for x in labels):
         return [x.long() for x in labels]
-    found = torch.unique(torch.cat(labels), return_inverse=True)[1]
-    return list(found.split([len(x) for x in labels]))
+    every = torch.cat(labels)
+    if every.isnan().any():
+        raise ValueError(f"{name}: expected no NaN, got some")
+    return list(torch.unique(every, return_inverse=True)[1].split([len(x) for x in labels]))
 
 
 def processes() -> tuple[int, int]:

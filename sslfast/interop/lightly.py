@@ -27,7 +27,7 @@ from sslfast.losses import dino_loss, ntxent_loss, update_center_
 from sslfast.ops import ema_update_, similarity_lse
 
 PACKAGE = "lightly"
-NEEDS = "lightly"
+NEEDS = "lightly>=1.5"
 
 
 class MemoryBankModule(nn.Module):
@@ -69,11 +69,11 @@ class MemoryBankModule(nn.Module):
             return output, None
         bank = self.bank.clone()
         if update:
-            self.enqueue(output)
+            self._dequeue_and_enqueue(output)
         return output, bank.T if self.feature_dim_first else bank
 
     @torch.no_grad()
-    def enqueue(self, batch: Tensor) -> None:
+    def _dequeue_and_enqueue(self, batch: Tensor) -> None:
         """Writes rows [B, D] behind the newest, with gather_distributed those of all processes."""
         batch = gathered_constant(batch) if self.gather_distributed else batch
         count, size = len(batch), self.size[0]
@@ -84,8 +84,6 @@ class MemoryBankModule(nn.Module):
         self.bank.index_copy_(0, rows, torch.where(fits[:, None], batch, self.bank[rows]))
         end = self.bank_ptr + count
         self.bank_ptr.copy_(torch.where(end >= size, 0, end))
-
-    _dequeue_and_enqueue = enqueue
 
 
 class NTXentLoss(nn.Module):
@@ -128,7 +126,7 @@ class NTXentLoss(nn.Module):
             bank = self.memory_bank.bank.to(z0.device, z0.dtype)
             negatives = similarity_lse(z0, bank, scale=scale)
             if out0.requires_grad:
-                self.memory_bank.enqueue(z1)
+                self.memory_bank._dequeue_and_enqueue(z1)
             return softplus(negatives - scale * products(z0, z1)).mean()
         if not self.gather_distributed or size == 1:
             return ntxent_loss(out0, out1, self.temperature)
@@ -302,7 +300,6 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
 SWAPS = {
     "lightly.loss.ntx_ent_loss.NTXentLoss": NTXentLoss,
     "lightly.loss.dcl_loss.DCLLoss": DCLLoss,
-    "lightly.loss.dcl_loss.DCLWLoss": DCLWLoss,
     "lightly.loss.dcl_loss.negative_mises_fisher_weights": negative_mises_fisher_weights,
     "lightly.loss.dino_loss.DINOLoss": DINOLoss,
     "lightly.models.utils.update_momentum": update_momentum,

@@ -14,7 +14,7 @@ from sslfast.losses import clip_loss, siglip_loss
 from sslfast.ops import similarity_bce, similarity_lse
 
 PACKAGE = "open_clip"
-NEEDS = "open_clip_torch"
+NEEDS = "open_clip_torch>=2.20"
 
 
 class ClipLoss(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslfast.interop._rows import products, softplus, unit, whole_numbers, wide
 from sslfast.losses import triplet_margin_loss
-from sslfast.ops import similarity_lse
+from sslfast.ops import pair_products, similarity_lse
 
 try:
     from pytorch_metric_learning import distances, losses, reducers
@@ -29,8 +29,13 @@ except ImportError as error:
 __all__ = ["CrossBatchMemory", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss", "TripletMarginLoss"]
 
 PACKAGE = "pytorch_metric_learning"
-NEEDS = "pytorch-metric-learning"
-PAIRS = 1 << 14  # pairs whose rows are gathered at a time
+NEEDS = "pytorch-metric-learning>=2.0"
+
+# The originals' methods, which serve what is not fused, also while `patch` has put others in their place.
+_ntxent = losses.NTXentLoss.compute_loss
+_supcon = losses.SupConLoss.compute_loss
+_triplet = losses.TripletMarginLoss.compute_loss
+_all_pairs = losses.CrossBatchMemory.create_indices_tuple
 
 
 class _Memory(tuple):
@@ -54,7 +59,7 @@ class _Rows:
         self.z = unit(embeddings) if normalize else embeddings
         self.ref = None if same else unit(ref_emb) if normalize else ref_emb
         self.columns = self.z if self.ref is None else self.ref
-        both = whole_numbers(labels, ref_labels)
+        both = whole_numbers("labels", labels, ref_labels)
         self.labels, self.ref_labels = (x.to(embeddings.device) for x in both)
         rows = torch.arange(len(self.z), device=self.z.device)
         if isinstance(indices, _Memory):
@@ -117,32 +122,17 @@ def _sums(groups: int, group: Tensor, x: Tensor) -> Tensor:
     return zeros.index_put((group,), x, accumulate=True) if x.is_cuda else zeros.index_add(0, group, x)
 
 
-class _PairProducts(torch.autograd.Function):
-    """<x_i, y_j> of pairs (i, j), whose gathered rows never exist all at once."""
-
-    @staticmethod
-    def forward(ctx, x, y, rows, columns):
-        ctx.save_for_backward(x, y, rows, columns)
-        parts = [products(x[i], y[j]) for i, j in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)]
-        return torch.cat(parts) if parts else wide(x).new_empty(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, y, rows, columns = ctx.saved_tensors
-        dx, dy = torch.zeros_like(wide(x)), torch.zeros_like(wide(y))
-        for h, i, j in zip(g.split(PAIRS), rows.split(PAIRS), columns.split(PAIRS), strict=True):
-            for target, at, source in ((dx, i, y[j]), (dy, j, x[i])):
-                terms = h[:, None] * wide(source)
-                if target.is_cuda:
-                    target.index_put_((at,), terms, accumulate=True)
-                else:
-                    target.index_add_(0, at, terms)
-        return dx.to(x.dtype), dy.to(y.dtype), None, None
-
-
-def _pair_products(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return _PairProducts.apply(x, y, rows, columns)
+def _fuses(loss, kind, embeddings, ref_emb, ref_labels) -> bool:
+    """Whether the formula is the library's, of products; ref_labels: of which there is one for each column,
+    or None."""
+    temperature = loss.temperature
+    return (
+        type(loss)._compute_loss is kind._compute_loss
+        and (isinstance(temperature, Tensor) or temperature != 0)
+        and _is_product(loss.distance)
+        and _dense(embeddings, ref_emb)
+        and (ref_labels is None or len(ref_labels) == len(ref_emb))
+    )
 
 
 def _is_product(distance) -> bool:
@@ -155,7 +145,10 @@ def _is_plain(distance) -> bool:
 
 
 def _dense(*tensors: Tensor) -> bool:
-    return all(x.dim() == 2 and x.is_floating_point() and x.dtype == tensors[0].dtype for x in tensors)
+    first = tensors[0]
+    return first.is_floating_point() and all(
+        x.dim() == 2 and x.dtype == first.dtype and x.shape[1] == first.shape[1] for x in tensors
+    )
 
 
 class NTXentLoss(losses.NTXentLoss):
@@ -166,15 +159,19 @@ class NTXentLoss(losses.NTXentLoss):
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        memory = indices_tuple is None or isinstance(indices_tuple, _Memory)
-        if not (_is_product(self.distance) and _dense(embeddings, ref_emb)) or (memory and labels is None):
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if memory:
+        listed = not (indices_tuple is None or isinstance(indices_tuple, _Memory))
+        ref_labels = labels if ref_labels is None else ref_labels
+        known = listed or labels is not None
+        if not known or not _fuses(
+            self, losses.NTXentLoss, embeddings, ref_emb, None if listed else ref_labels
+        ):
+            return _ntxent(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if not listed:
             data = _Rows(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
             if not data.has_pairs():
                 return self.zero_losses()
             rows, columns = data.positives()
-            positive = _pair_products(data.z, data.columns, rows, columns) / self.temperature
+            positive = pair_products(data.z, data.columns, rows, columns) / self.temperature
             negatives = data.lse_of_negatives(1 / self.temperature)[rows]
         else:
             rows, columns, others, negatives_at = (
@@ -182,11 +179,13 @@ class NTXentLoss(losses.NTXentLoss):
             )
             if not len(rows) or not len(others) or len(rows) + len(others) == 2:
                 return self.zero_losses()
+            rows, others = _from_start(rows, len(embeddings)), _from_start(others, len(embeddings))
+            columns, negatives_at = (_from_start(x, len(ref_emb)) for x in (columns, negatives_at))
             normalize = self.distance.normalize_embeddings
             z = unit(embeddings) if normalize else embeddings
             ref = z if ref_emb is embeddings else unit(ref_emb) if normalize else ref_emb
-            positive = _pair_products(z, ref, rows, columns) / self.temperature
-            logits = _pair_products(z, ref, others, negatives_at) / self.temperature
+            positive = pair_products(z, ref, rows, columns) / self.temperature
+            logits = pair_products(z, ref, others, negatives_at) / self.temperature
             negatives = _lse_by_row(logits, others, len(z))[rows]
         return {
             "loss": {
@@ -195,6 +194,13 @@ class NTXentLoss(losses.NTXentLoss):
                 "reduction_type": "pos_pair",
             }
         }
+
+
+def _from_start(index: Tensor, count: int) -> Tensor:
+    """Indices that may count from the end, looked at where that does not stall a device."""
+    if index.numel() and not index.is_cuda and not -count <= int(index.min()) <= int(index.max()) < count:
+        raise IndexError(f"indices_tuple: expected indices in [-{count}, {count}), got {index.tolist()}")
+    return torch.where(index < 0, index + count, index).long()
 
 
 def _lse_by_row(logits: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -213,9 +219,11 @@ class SupConLoss(losses.SupConLoss):
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        fused = indices_tuple is None or isinstance(indices_tuple, _Memory)
-        if not (fused and labels is not None and _is_product(self.distance) and _dense(embeddings, ref_emb)):
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        listed = not (indices_tuple is None or isinstance(indices_tuple, _Memory))
+        ref_labels = labels if ref_labels is None else ref_labels
+        known = not listed and labels is not None
+        if not known or not _fuses(self, losses.SupConLoss, embeddings, ref_emb, ref_labels):
+            return _supcon(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         data = _Rows(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if not data.has_pairs():
             return self.zero_losses()
@@ -254,12 +262,13 @@ class TripletMarginLoss(losses.TripletMarginLoss):
             and type(distance) is distances.LpDistance
             and _is_plain(distance)
             and _dense(embeddings)
+            and isinstance(self.margin, int | float)
         )
         if not fused:
-            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            return _triplet(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
         value = triplet_margin_loss(
             embeddings,
-            whole_numbers(labels)[0],
+            whole_numbers("labels", labels)[0],
             self.margin,
             mining="all",
             normalize=distance.normalize_embeddings,
@@ -271,7 +280,8 @@ class TripletMarginLoss(losses.TripletMarginLoss):
 class CrossBatchMemory(losses.CrossBatchMemory):
     """pytorch_metric_learning.losses.CrossBatchMemory: embeddings against those of earlier batches too.
 
-    As in the original, a batch is enqueued before the loss and does not meet itself. Around the NTXentLoss
+    As in the original, a batch is enqueued before the loss and does not meet itself; nor does one of a single
+    row, which the original compares with itself. Around the NTXentLoss
     and SupConLoss above, without miner and index tuple, no pairs are listed; otherwise all are, in memory of
     batch times memory_size.
     """
@@ -280,7 +290,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
     ):
         fused = (
-            isinstance(self.loss, NTXentLoss | SupConLoss)
+            getattr(type(self.loss), "compute_loss", None)
+            in (NTXentLoss.compute_loss, SupConLoss.compute_loss)
             and not self.miner
             and input_indices_tuple is None
             and do_remove_self_comparisons
@@ -289,8 +300,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         )
         if fused:
             return _Memory((self.curr_batch_idx,))
-        return super().create_indices_tuple(
-            embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+        return _all_pairs(
+            self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
         )
 
 

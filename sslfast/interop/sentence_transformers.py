@@ -1,4 +1,4 @@
-"""Drop-ins for sentence-transformers (5.3 and newer), which has to be installed: they are its subclasses.
+"""Drop-ins for sentence-transformers (6.0 and newer), which has to be installed: they are its subclasses.
 
     from sslfast.interop.sentence_transformers import MultipleNegativesRankingLoss
     # instead of: from sentence_transformers.losses import MultipleNegativesRankingLoss
@@ -8,10 +8,12 @@ similarity_fct is served by the original's own code, in its memory. GISTEmbedLos
 model's and the guide's, and keeps neither.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslfast.interop._rows import combined, positions, products, softplus, unit, wide
 from sslfast.ops import guided_lse, similarity_lse
@@ -22,11 +24,18 @@ try:
     from sentence_transformers.sentence_transformer import losses
 except ImportError as error:
     raise ImportError(
-        "sslfast.interop.sentence_transformers: pip install 'sentence-transformers>=6'"
+        "sslfast.interop.sentence_transformers: pip install 'sentence-transformers>=6.0'"
     ) from error
 
 PACKAGE = "sentence_transformers"
-NEEDS = "sentence-transformers"
+NEEDS = "sentence-transformers>=6.0"
+
+EPS = 1e-8  # nn.CosineSimilarity's
+
+# The originals' methods, which serve what is not fused, also while `patch` has put others in their place.
+_plain = losses.MultipleNegativesRankingLoss.compute_loss_from_embeddings
+_plain_cached = losses.CachedMultipleNegativesRankingLoss.calculate_loss
+_plain_gist, _sim_matrix = losses.GISTEmbedLoss.forward, losses.GISTEmbedLoss.sim_matrix
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
@@ -43,7 +52,7 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             labels: not used.
         """
         if len(embeddings) < 2 or not _is_product(self.similarity_fct) or not _dense(*embeddings):
-            return super().compute_loss_from_embeddings(embeddings, labels)
+            return _plain(self, embeddings, labels)
         batch, first = len(embeddings[0]), 0
         if self.gather_across_devices:
             embeddings = [util.all_gather_with_grad(x) for x in embeddings]
@@ -114,13 +123,25 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
     The loss of all embeddings is computed at once: without a matrix there is nothing to divide.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        plain: losses.MultipleNegativesRankingLoss = self.loss
-        self.loss: losses.MultipleNegativesRankingLoss = MultipleNegativesRankingLoss(
-            self.model, plain.scale, plain.similarity_fct, plain.gather_across_devices, plain.directions,
-            plain.partition_mode, plain.hardness_mode, plain.hardness_strength,
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: Any = ("query_to_doc",),
+        partition_mode: Any = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: Any = None,
+        hardness_strength: float = 0.0,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
+            directions, partition_mode, show_progress_bar, hardness_mode, hardness_strength,
         )  # fmt: skip
+        self.loss.__class__ = MultipleNegativesRankingLoss
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -133,7 +154,7 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         """
         embeddings = [torch.cat(x) for x in reps]
         if not _is_product(self.similarity_fct) or not _dense(*embeddings):
-            return super().calculate_loss(reps, labels, with_backward=with_backward)
+            return _plain_cached(self, reps, labels, with_backward=with_backward)
         loss = self.loss.compute_loss_from_embeddings(embeddings, labels)  # type: ignore[arg-type]
         if with_backward:
             loss.backward()
@@ -145,10 +166,13 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
     """sentence_transformers' loss of that name: InfoNCE without the negatives that a guide finds too similar.
 
     A negative is left out where the guide's similarity is above that of the query's own pair, less the
-    margin. Similarities that are equal but for rounding may fall on either side of it.
+    margin; similarities that are equal but for rounding are kept. Another similarity_fct or
+    cross_entropy_loss than the library's is served by its own code, in its memory.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        if not self._is_the_librarys():
+            return _plain_gist(self, sentence_features, labels)
         features = list(sentence_features)
         guide_features = [dict(x) for x in features]
         embeddings = embed_columns(self.model, features)
@@ -159,6 +183,19 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
         if len(embeddings) not in (2, 3):
             raise ValueError(f"sentence_features: expected 2 or 3 columns, got {len(embeddings)}")
         return self._loss(list(embeddings), list(guides))
+
+    def _is_the_librarys(self) -> bool:
+        """Whether nothing in it has been replaced that is fused here."""
+        similarity, entropy = self.similarity_fct, self.cross_entropy_loss
+        return (
+            type(self).sim_matrix is _sim_matrix
+            and type(similarity) is nn.CosineSimilarity
+            and (similarity.dim, similarity.eps) == (-1, EPS)
+            and type(entropy) is nn.CrossEntropyLoss
+            and (entropy.weight, entropy.reduction, entropy.label_smoothing) == (None, "mean", 0.0)
+            and isinstance(self.temperature, Real)
+            and self.temperature != 0
+        )
 
     def _retokenized(self, feature: dict[str, Tensor]) -> dict[str, Tensor]:
         """A column as the guide's tokenizer has it."""
@@ -178,13 +215,13 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
                 [x[0], *map(util.all_gather_with_grad, x[1:])] for x in (embeddings, guides)
             )
             first = util.get_rank() * batch
-        eps = 1e-8  # nn.CosineSimilarity's
-        rows = [unit(x, eps) for x in embeddings]
-        guides = [wide(unit(x, eps)) for x in guides]
+        rows = [unit(x, EPS) for x in embeddings]
+        guides = [wide(unit(x, EPS)) for x in guides]
         local = slice(first, first + batch)
         anchor, anchor_guide = rows[0], guides[0]
         similar = products(anchor_guide, guides[1][local])
         limit = similar - self.margin * (similar.abs() if self.margin_strategy == "relative" else 1)
+        limit = limit + 16 * torch.finfo(limit.dtype).eps
         own, every = positions(anchor, first), positions(rows[1])
         scale = 1 / self.temperature
 
@@ -208,7 +245,11 @@ def _is_product(similarity) -> bool:
 def _dense(*embeddings: Tensor) -> bool:
     first = embeddings[0]
     return all(
-        x.layout is torch.strided and x.is_floating_point() and x.dim() == 2 and x.dtype == first.dtype
+        x.layout is torch.strided
+        and x.is_floating_point()
+        and x.dtype == first.dtype
+        and x.dim() == 2
+        and len(x) == len(first)
         for x in embeddings
     )
 

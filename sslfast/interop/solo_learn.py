@@ -25,7 +25,7 @@ from sslfast.losses import byol_loss, dino_loss, supcon_loss, update_center_
 from sslfast.ops import similarity_lse
 
 PACKAGE = "solo"
-NEEDS = "solo-learn"
+NEEDS = "solo-learn>=1.0"
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -38,12 +38,12 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         indexes: [M], whole numbers: rows of the same are positives; images, or classes.
     """
     rank, size = processes()
-    indexes = whole_numbers(indexes)[0]
+    ids = whole_numbers("indexes", gathered_constant(indexes))[0]
     if size == 1:
-        return supcon_loss(z, indexes, temperature, temperature, form="inside")
+        return supcon_loss(z, ids, temperature, temperature, form="inside")
     z = unit(z)
-    every, ids = gathered(z), gathered_constant(indexes)
-    scale = 1 / temperature
+    every, scale = gathered(z), 1 / temperature
+    indexes = ids[rank * len(z) : (rank + 1) * len(z)]
     negatives = similarity_lse(z, every, scale=scale, a_ids=indexes, b_ids=ids)
     positives = _lse_of_equal(z, every, indexes, ids, scale, rank * len(z))
     alone = positives == -torch.inf

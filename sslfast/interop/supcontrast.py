@@ -58,7 +58,7 @@ class SupConLoss(nn.Module):
             labels = labels.reshape(-1)
             if len(labels) != batch:
                 raise ValueError(f"labels: expected {batch}, one for each image, got {len(labels)}")
-            labels = whole_numbers(labels)[0].to(features.device)
+            labels = whole_numbers("labels", labels)[0].to(features.device)
         if mask is None and self.contrast_mode == "all":
             return supcon_loss(features, labels, self.temperature, self.base_temperature, normalize=False)
         return self._anchored(features, labels, mask)
@@ -66,30 +66,32 @@ class SupConLoss(nn.Module):
     def _anchored(self, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         """Anchors of the first view, or a mask: lse_i - sum_j mask_ij s_ij / sum_j mask_ij."""
         batch, views, _ = features.shape
-        rows = features.transpose(0, 1).flatten(0, 1)  # one view after another
-        images = wide(features).sum(1)  # <x, images_j> is the sum over image j's views
+        rows = wide(features).transpose(0, 1)  # [V, B, D]
+        images = rows.sum(0)  # <x, images_j> is the sum over image j's views
         if mask is not None:
             mask = mask.to(features.device, images.dtype)
-            sums, weight, own = mask @ images, mask.sum(1), mask.diagonal()
+            own = mask.diagonal()
+            others = mask - torch.diag(own)
+            sums, weight = others @ images, others.sum(1) * views
         else:
             ids = torch.arange(batch, device=rows.device) if labels is None else labels
             group = torch.unique(ids, return_inverse=True)[1]
             classes = torch.zeros_like(images).index_put((group,), images, accumulate=True)
-            count = torch.bincount(group, minlength=batch)
-            sums, weight = classes[group], count[group].to(images.dtype)
+            sums = classes[group] - images
+            weight = (torch.bincount(group, minlength=batch)[group] - 1).to(images.dtype) * views
             own = torch.ones_like(weight)
-        scale = 1 / self.temperature
+        scale, every = 1 / self.temperature, features.transpose(0, 1).flatten(0, 1)
         if self.contrast_mode == "one":
-            anchors, positions = rows[:batch], torch.arange(len(rows), device=rows.device)
-            lse = similarity_lse(anchors, rows, scale=scale, a_ids=positions[:batch], b_ids=positions)
+            positions = torch.arange(len(every), device=every.device)
+            lse = similarity_lse(every[:batch], every, scale=scale, a_ids=positions[:batch], b_ids=positions)
+            rows = rows[:1]
         else:
-            anchors, lse = rows, similarity_lse(rows, scale=scale)
-            sums, weight, own = sums.repeat(views, 1), weight.repeat(views), own.repeat(views)
-        # An anchor is no positive of its own.
-        products_of = products(anchors, sums) - own * products(anchors, anchors)
-        weight = weight * views - own
+            lse = similarity_lse(every, scale=scale)
+        # Of its own image an anchor has the other views as positives.
+        weight = weight + own * (views - 1)
+        sums = sums + own[:, None] * (images - rows) if views > 1 else sums
+        positive = scale * products(rows, sums)
         some = weight.abs() >= 1e-6
-        terms = torch.where(some, lse, 0.0) - torch.where(
-            some, scale * products_of / torch.where(some, weight, 1.0), 0.0
-        )
+        mean = positive / weight.masked_fill(~some, 1.0)
+        terms = (lse.view_as(mean) - mean).masked_fill(~some, 0.0)
         return terms.mean() * (self.temperature / self.base_temperature)

@@ -14,7 +14,10 @@ except ImportError as error:
     raise ImportError("sslfast.interop.timm: pip install timm") from error
 
 PACKAGE = "timm"
-NEEDS = "timm"
+NEEDS = "timm>=1.0"
+
+# The original's methods, also while `patch` has put others in their place.
+_apply, _apply_no_buffers = model_ema.ModelEmaV3.apply_update_, model_ema.ModelEmaV3.apply_update_no_buffers_
 
 
 class ModelEmaV3(model_ema.ModelEmaV3):
@@ -28,11 +31,11 @@ class ModelEmaV3(model_ema.ModelEmaV3):
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         ours, theirs = list(self.module.state_dict().values()), list(model.state_dict().values())
         if not self._update(ours, theirs, decay):
-            super().apply_update_(model, decay)
+            _apply(self, model, decay)
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         if not self._update(list(self.module.parameters()), list(model.parameters()), decay):
-            return super().apply_update_no_buffers_(model, decay)
+            return _apply_no_buffers(self, model, decay)
         for ema, new in zip(self.module.buffers(), model.buffers(), strict=True):
             ema.copy_(new)
 

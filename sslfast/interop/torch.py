@@ -14,7 +14,7 @@ from torch.optim import swa_utils
 from sslfast.ops import ema_update_
 
 PACKAGE = "torch"
-NEEDS = "torch"
+NEEDS = "torch>=2.8"
 
 _original = swa_utils.get_ema_multi_avg_fn
 

@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("sslfast.interop.transformers: pip install transformers") from error
 
 PACKAGE = "transformers"
-NEEDS = "transformers"
+NEEDS = "transformers>=4.40"
 
 
 def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,9 @@ def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple
     batch, length, _ = sequence.shape
     if noise is None:
         noise = torch.rand(batch, length, device=sequence.device)
-    mask = random_patch_mask(batch, length, self.config.mask_ratio, noise=noise.to(sequence.device))
+    noise = noise.to(sequence.device)
+    noise = noise if noise.is_floating_point() else noise.double()
+    mask = random_patch_mask(batch, length, self.config.mask_ratio, noise=noise)
     return gather_patches(sequence, mask.ids_keep), mask.mask, mask.ids_restore
 
 

@@ -6,6 +6,7 @@ from sslfast.ops.ema import ema_update_
 from sslfast.ops.embed_visible_patches import embed_visible_patches
 from sslfast.ops.guided_lse import guided_lse
 from sslfast.ops.masked_patch_mse import masked_patch_l1, masked_patch_mse, patchify, unpatchify
+from sslfast.ops.pair_products import pair_products
 from sslfast.ops.patch_mask import PatchMask, random_patch_mask
 from sslfast.ops.patches import gather_patches, restore_patches
 from sslfast.ops.similarity_bce import similarity_bce
@@ -22,6 +23,7 @@ __all__ = [
     "guided_lse",
     "masked_patch_l1",
     "masked_patch_mse",
+    "pair_products",
     "patchify",
     "random_patch_mask",
     "restore_patches",

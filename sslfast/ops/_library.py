@@ -49,6 +49,18 @@ def define(
     return call
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, and an error for who differentiates them by what they were computed from."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(_ONCE)
+
+
 def once_differentiable(backward: Callable) -> Callable:
     """Decorates a `backward` whose results have no derivative, so that asking for one raises.
 
@@ -63,9 +75,8 @@ def once_differentiable(backward: Callable) -> Callable:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
         tensors = [x for x in outputs if x is not None]
-        error = torch._C._functions.DelayedError(_ONCE.encode(), len(tensors))
-        results = error(*(x.detach().requires_grad_() for x in tensors))
-        marked = iter([results] if len(tensors) == 1 else results)
+        causes = [x for x in (*ctx.saved_tensors, *gradients) if x is not None and x.requires_grad]
+        marked = iter(_Once.apply(len(tensors), *tensors, *causes))
         return tuple(None if x is None else next(marked) for x in outputs)
 
     return guarded
