@@ -1,7 +1,7 @@
 """lightly's SimCLR in Lightning, with one line changed, on the handwritten digits of scikit-learn.
 
-    pip install lightly scikit-learn tyro
-    python examples/lightly_simclr.py --epochs 10
+pip install lightly scikit-learn tyro
+python examples/lightly_simclr.py --epochs 10
 """
 
 import pytorch_lightning as pl

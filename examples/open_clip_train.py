@@ -1,7 +1,7 @@
-"""open_clip's training step, with one line changed: a small CLIP on scikit-learn's digits and captions of them.
+"""open_clip's training step, with one line changed: a small CLIP on scikit-learn's digits and captions.
 
-    pip install open_clip_torch scikit-learn tyro
-    python examples/open_clip_train.py --epochs 10
+pip install open_clip_torch scikit-learn tyro
+python examples/open_clip_train.py --epochs 10
 """
 
 import math
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from sslfast.interop.open_clip import ClipLoss  # was: from open_clip import ClipLoss
 
 WORDS = "zero one two three four five six seven eight nine".split()
-TEMPLATES = ("a photo of the digit {}", "a handwritten {}", "the number {}", "{} on paper", "someone wrote {}")
+TEMPLATES = (
+    "a photo of the digit {}",
+    "a handwritten {}",
+    "the number {}",
+    "{} on paper",
+    "someone wrote {}",
+)
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -51,7 +51,9 @@ class Differences(list[str]):
             if call is calls[0]:
                 for message in dict.fromkeys(str(x.message) for x in seen):
                     self.append(f"{what} warns: {message}")
-        for name in outcomes[1]:
+        if outcomes[0].keys() != outcomes[1].keys():
+            self.append(f"{what}: {list(outcomes[0])}, expected {list(outcomes[1])}")
+        for name in (x for x in outcomes[1] if x in outcomes[0]):
             self.compare(f"{what} {name}", outcomes[0][name], outcomes[1][name])
 
 
@@ -59,12 +61,10 @@ def _outcome(call: Callable[..., Tensor], leaves: dict[str, Tensor]) -> dict[str
     fresh = {k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in leaves.items()}
     wanted = {k: x for k, x in fresh.items() if x.requires_grad}
     value = call(**fresh)
-    slopes = torch.autograd.grad(
-        value * (dist.get_rank() + 1), list(wanted.values()), allow_unused=True, materialize_grads=True
-    )
+    slopes = torch.autograd.grad(value * (dist.get_rank() + 1), list(wanted.values()), allow_unused=True)
     with torch.no_grad():
         again = call(**fresh)
-    gradients = {f"gradient of {k}": x for k, x in zip(wanted, slopes, strict=True)}
+    gradients = {f"gradient of {k}": x for k, x in zip(wanted, slopes, strict=True) if x is not None}
     return {"value": value.detach(), "value without gradients": again} | gradients
 
 

@@ -29,6 +29,16 @@ def test_a_backward_pass_inside_autocast_is_the_same(case):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("case", [k for k in LOSSES if k != "triplet, hard"], indirect=True)
+def test_second_derivatives_raise(case):
+    """By every way of asking; a part that is differentiable twice is not taken for the whole."""
+    loss, leaves, constants = case
+    for ask in (lambda x: torch.autograd.grad(x, leaves, allow_unused=True), lambda x: x.backward()):
+        slopes = torch.autograd.grad(loss(*leaves, *constants), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiates once"):
+            ask(sum(x.square().sum() for x in slopes))
+
+
 def test_strided_and_expanded_rows(case):
     loss, leaves, constants = case
     expected = step(*case)

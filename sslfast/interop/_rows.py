@@ -9,6 +9,18 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def check_rows(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raises unless x is [N, D] of floats, as `like` is."""
+    for what, y in ((like_name, like), (name, x)):
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"{what}: expected a floating-point tensor, got {got}")
+        if y.dim() != 2:
+            raise ValueError(f"{what}: expected [N, D], got {list(y.shape)}")
+    if x.shape != like.shape:
+        raise ValueError(f"{name}: expected {list(like.shape)}, as {like_name} has, got {list(x.shape)}")
+
+
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """Rows of unit length in x's dtype, their norms in float32 or wider."""
     return F.normalize(wide(x), dim=-1, eps=eps).to(x.dtype)
@@ -54,13 +66,22 @@ def processes() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gathered_constant(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        rank, size = processes()
+        g = g.contiguous().clone()
+        distributed.all_reduce(g)
+        return g.chunk(size)[rank]
+
+
 def gathered(x: Tensor) -> Tensor:
     """The rows of all processes, of as many each. A row's gradient is the sum of those of all processes."""
-    if processes()[1] == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
+    return _Gather.apply(x) if processes()[1] > 1 else x
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from sslfast.interop._rows import (
+    check_rows,
     gathered,
     gathered_constant,
     positions,
@@ -119,13 +120,18 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean over both views' rows [B, D], with a memory bank over out0's."""
+        check_rows("out1", out1, "out0", out0)
         rank, size = processes()
         scale = 1 / self.temperature
         if self.memory_bank.size[0]:
             z0, z1 = unit(out0), unit(out1)
             bank = self.memory_bank.bank.to(z0.device, z0.dtype)
+            if z0.shape[1] != bank.shape[1]:
+                raise ValueError(
+                    f"out0: expected the memory bank's {bank.shape[1]} features, got {z0.shape[1]}"
+                )
             negatives = similarity_lse(z0, bank, scale=scale)
-            if out0.requires_grad:
+            if z0.requires_grad:
                 self.memory_bank._dequeue_and_enqueue(z1)
             return softplus(negatives - scale * products(z0, z1)).mean()
         if not self.gather_distributed or size == 1:
@@ -171,6 +177,7 @@ class DCLLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean over the rows [B, D] of both views."""
+        check_rows("out1", out1, "out0", out0)
         z0, z1 = unit(out0), unit(out1)
         rank, size = processes() if self.gather_distributed else (0, 1)
         own, scale = torch.cat((z0, z1)), 1 / self.temperature
@@ -180,10 +187,11 @@ class DCLLoss(nn.Module):
         else:
             every = torch.cat((gathered(z0), gathered(z1)))
             negatives = similarity_lse(own, every, scale=scale, a_ids=a_ids, b_ids=b_ids)
-        positive = scale * products(z0, z1).repeat(2)
+        positive = scale * products(z0, z1)
+        sides = [positive, positive]
         if self.weight_fn:
-            positive = positive * torch.cat((self.weight_fn(z0, z1), self.weight_fn(z1, z0)))
-        return (negatives - positive).mean()
+            sides = [positive * self.weight_fn(z0, z1), positive * self.weight_fn(z1, z0)]
+        return (negatives - torch.cat(sides)).mean()
 
 
 class DCLWLoss(DCLLoss):
@@ -266,6 +274,14 @@ class DINOLoss(nn.Module):
             warming = epoch is not None and epoch < self.warmup_teacher_temp_epochs
             teacher_temp = float(self.teacher_temp_schedule[epoch]) if warming else self.teacher_temp
         teacher_temp = float(torch.tensor(teacher_temp))  # lightly's is a float32 tensor
+        for name, views in (("teacher_out", teacher_out), ("student_out", student_out)):
+            if not len(views):
+                raise ValueError(f"{name}: expected at least one view, got none")
+            for i, view in enumerate(views):
+                check_rows(f"{name}[{i}]", view, "teacher_out[0]", teacher_out[0])
+        if teacher_out[0].shape[1] != self.center.shape[-1]:
+            expected, got = self.center.shape[-1], list(teacher_out[0].shape)
+            raise ValueError(f"teacher_out[0]: expected [B, {expected}], got {got}")
         teacher = torch.stack(tuple(teacher_out))
         if teacher.requires_grad and torch.is_grad_enabled():
             loss = self._with_teacher_gradient(teacher, torch.stack(tuple(student_out)), teacher_temp)
@@ -287,6 +303,7 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_out: Tensor) -> None:
         """center <- momentum center + (1 - momentum) mean of teacher_out [T, B, K]: the mean of processes."""
         mean = wide(teacher_out.detach()).mean((0, 1))
+        self.center.data = self.center.to(torch.promote_types(self.center.dtype, teacher_out.dtype))
         update_center_(self.center, mean[None], self.center_momentum)
 
 

@@ -120,7 +120,10 @@ class ClipLoss(nn.Module):
             similarity_lse(x, y, scale=scale, a_ids=own, b_ids=every)
             for x, y in ((image, texts), (text, images))
         ]
-        return softplus(torch.stack(rows) - scale * products(image, text)).mean()
+        # open_clip's columns are gathered, so without gather_with_grad the positive's too are constants.
+        sides = [(image, text)] if self.gather_with_grad else [(image, text.detach()), (text, image.detach())]
+        positive = torch.stack([products(x, y) for x, y in sides])
+        return softplus(torch.stack(rows) - scale * positive).mean()
 
 
 class SigLipLoss(nn.Module):

@@ -65,7 +65,7 @@ def once_differentiable(backward: Callable) -> Callable:
     """Decorates a `backward` whose results have no derivative, so that asking for one raises.
 
     torch's decorator of this name only looks at the incoming gradients, so the second derivative through the
-    saved inputs (a gradient penalty) would be taken for zero.
+    saved inputs (a gradient penalty) would be taken for zero. What `backward` saves has to hold the inputs.
     """
 
     @functools.wraps(backward)
@@ -76,6 +76,7 @@ def once_differentiable(backward: Callable) -> Callable:
             return outputs
         tensors = [x for x in outputs if x is not None]
         causes = [x for x in (*ctx.saved_tensors, *gradients) if x is not None and x.requires_grad]
+        causes = causes or [torch.zeros((), requires_grad=True)]
         marked = iter(_Once.apply(len(tensors), *tensors, *causes))
         return tuple(None if x is None else next(marked) for x in outputs)
 

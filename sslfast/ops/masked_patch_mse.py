@@ -140,12 +140,12 @@ def _kept_for_another_backward() -> bool:
 
 class _MaskedPatchMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, images, weight, patch, norm_pix, scale, shift, absolute, needed, backend):
+    def forward(ctx, pred, images, weight, patch, norm_pix, scale, shift, absolute, needed, backend, cause):
         later = pred.dtype == torch.float16
         needed = needed and not later
         options = patch, norm_pix, scale, shift, absolute
         loss, dpred = _fwd(pred, images, weight, *options, needed, None, backend)
-        ctx.save_for_backward(*((pred, images, weight) if later else (dpred,)))
+        ctx.save_for_backward(*((pred, images, weight) if later else (dpred, cause)))
         ctx.options, ctx.backend = options, backend
         return loss
 
@@ -154,13 +154,13 @@ class _MaskedPatchMSE(torch.autograd.Function):
     def backward(ctx, upstream):
         if len(ctx.saved_tensors) == 3:
             _, dpred = _fwd(*ctx.saved_tensors, *ctx.options, True, upstream, ctx.backend)
-            return dpred, *(None,) * 9
-        (dpred,) = ctx.saved_tensors
+            return dpred, *(None,) * 10
+        dpred, _ = ctx.saved_tensors
         if traced() or _kept_for_another_backward():
             dpred = (dpred * upstream).to(dpred.dtype)
         elif dpred.numel():
             dpred = _SCALE[ctx.backend](dpred, upstream)
-        return dpred, *(None,) * 9
+        return dpred, *(None,) * 10
 
 
 def statistics(
@@ -275,6 +275,8 @@ def _error(pred, images, mask, patch_size, norm_pix, mean, std, absolute):
         return reference(pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     needed = pred.requires_grad and torch.is_grad_enabled()
+    # Of no numbers and no memory: what a second derivative is asked by, so that it raises.
+    cause = pred[:0].clone() if needed else None
     return _MaskedPatchMSE.apply(
-        pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute, needed, backend
+        pred, images, weight, patch_size, bool(norm_pix), scale, shift, absolute, needed, backend, cause
     )

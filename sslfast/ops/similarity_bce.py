@@ -89,7 +89,7 @@ class _SimilarityBCE(torch.autograd.Function):
         g = torch.ones(len(a), dtype=scale.dtype, device=a.device)
         inputs = a, b, scale, bias, a_ids, b_ids
         row, *gradients = _op(g, *inputs, ctx.needs_input_grad[:4] if total and trains else _NONE, backend)
-        ctx.save_for_backward(*(gradients if total else inputs))
+        ctx.save_for_backward(*inputs, *(gradients if total else ()))
         return row.sum() if total else row
 
     @staticmethod
@@ -97,7 +97,7 @@ class _SimilarityBCE(torch.autograd.Function):
     def backward(ctx, g):
         needs = ctx.needs_input_grad[:4]
         if ctx.total:
-            found = [d * g if need else None for d, need in zip(ctx.saved_tensors, needs, strict=True)]
+            found = [d * g if need else None for d, need in zip(ctx.saved_tensors[6:], needs, strict=True)]
         else:
             found = _op(g.contiguous(), *ctx.saved_tensors, needs, ctx.backend)[1:]
         kept = zip(found, needs, ctx.dtypes, strict=True)
