@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test accuracy lint format bench static gpu sanitize wheel-check clean
+.PHONY: demo test test-interop test-interop-cpu accuracy lint format bench bench-interop static gpu sanitize \
+    wheel-check clean
 
 demo: $(READY)
 	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
@@ -15,6 +16,27 @@ demo: $(READY)
 test: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal -m "not accuracy and not interpreted"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreted
+
+# The drop-ins beside the installed originals. Those that need no torchvision go into the environment of the tests; all
+# of them, with torchvision and the torch that it wants, into one of its own, which takes gigabytes.
+INTEROP := .venv-interop
+COMPARED := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+test-interop-cpu: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -c constraints-interop.txt pytorch-metric-learning sentence-transformers
+	$(COMPARED) $(BIN)/pytest -n 2 --dist worksteal $(foreach name,pytorch_metric_learning cross_batch_memory \
+	    sentence_transformers gist transformers patch,tests/test_interop_$(name).py)
+
+test-interop: test-interop-cpu $(INTEROP)/.ready
+	SSLFAST_PEERS=all $(COMPARED) $(INTEROP)/bin/pytest -n 2 --dist worksteal tests/test_interop_*.py
+
+bench-interop: $(INTEROP)/.ready
+	HF_HUB_OFFLINE=1 $(INTEROP)/bin/python benchmarks/interop.py --json-out benchmarks/results
+
+$(INTEROP)/.ready: $(SOURCES) constraints-interop.txt
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -q -c constraints-interop.txt -e ".[bench,test]" torch torchvision lightly open_clip_torch \
+	    pytorch-metric-learning sentence-transformers timm
+	touch $@
 
 accuracy: $(READY)
 	$(BIN)/pytest -m accuracy -s
@@ -73,4 +95,4 @@ $(READY): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist *.egg-info sslfast/_C*.so
+	rm -rf $(VENV) $(INTEROP) .venv-gpu build dist *.egg-info sslfast/_C*.so

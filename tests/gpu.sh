@@ -55,12 +55,14 @@ workers=""
 "$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
 stage "tests" 200 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
     tests/test_ema_kernels.py tests/test_patch_mask_kernels.py tests/test_patch_kernels.py \
-    tests/test_prototypes_gpu.py tests/test_losses_gpu.py tests/test_clip.py tests/test_supcon.py \
+    tests/test_prototypes_gpu.py tests/test_losses_gpu.py tests/test_interop_gpu.py tests/test_clip.py tests/test_supcon.py \
     tests/test_negative_losses.py tests/test_triplet.py tests/test_linear_cross_entropy.py
 stage "EMA" 30 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
 # What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
 stage "masking" 60 "$BIN/python" benchmarks/masking.py --device cuda --seconds 40 --json-out "$RESULTS"
 stage "prototypes" 60 "$BIN/python" benchmarks/prototypes.py --device cuda --seconds 40 --json-out "$RESULTS"
 stage "losses" 60 "$BIN/python" benchmarks/losses_gpu.py --seconds 40 --json-out "$RESULTS"
+# Beside those originals that $PYTHON has; torch's own AveragedModel is always there.
+stage "drop-ins" 60 "$BIN/python" benchmarks/interop.py --device cuda --seconds 40 --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

@@ -49,8 +49,8 @@ class _Rows:
         z, ref: rows [M, D], and [N, D] or None where they are compared among themselves.
         labels, ref_labels: int64 [M], [N].
         skips: the column that is the row itself, int64 [M]; of meaning where skips_some.
-        order, first, count: columns in the order of their labels; where those of a row's label begin, and how
-            many they are, itself among them.
+        order, ordered: columns in the order of their labels, and these labels.
+        first, count: where those of a row's label begin there, and how many they are, itself among them.
     """
 
     def __init__(self, loss, embeddings, labels, indices, ref_emb, ref_labels) -> None:
@@ -68,9 +68,9 @@ class _Rows:
             self.skips = rows
         self.skips_some = isinstance(indices, _Memory) or ref_labels is labels
         self.order = self.ref_labels.argsort(stable=True)
-        ordered = self.ref_labels[self.order]
-        self.first = torch.searchsorted(ordered, self.labels)
-        self.count = torch.searchsorted(ordered, self.labels, right=True) - self.first
+        self.ordered = self.ref_labels[self.order]
+        self.first = torch.searchsorted(self.ordered, self.labels)
+        self.count = torch.searchsorted(self.ordered, self.labels, right=True) - self.first
 
     def has_pairs(self) -> bool:
         """Whether there is a positive and a negative pair; one of each alone the original leaves out."""
@@ -108,10 +108,10 @@ class _Rows:
 
     def mean_of_positives(self) -> tuple[Tensor, Tensor]:
         """Mean product with the columns of the row's label [M], 0 for none, and how many they are."""
-        group = torch.unique(torch.cat((self.labels, self.ref_labels)), return_inverse=True)[1]
-        own, other = group.split([len(self.labels), len(self.ref_labels)])
-        columns = wide(self.columns)
-        sums, count = _sums(len(group), other, columns)[own], self.count
+        columns, size = wide(self.columns), len(self.columns)
+        group = torch.searchsorted(self.ordered, self.ref_labels)
+        sums = _sums(size, group, columns)[self.first.clamp(max=size - 1)]
+        sums, count = sums.masked_fill((self.count == 0)[:, None], 0.0), self.count
         if self.skips_some:
             sums, count = sums - columns[self.skips], count - 1
         return products(self.z, sums) / count.clamp(min=1), count

@@ -65,10 +65,15 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         hard = [x[first : first + batch] for x in embeddings[2:]]
         positive = self.scale * products(query, doc)
 
+        if len(set(self.directions)) == 4 and len(query) == len(docs) and not self._hardness():
+            # NT-Xent's matrix: what is left out for a query and its document are their two rows of it.
+            both = similarity_lse(torch.cat((query, docs)), scale=self.scale, a_ids=own.repeat(2))
+            return softplus(combined([*both.chunk(2), positive]) - positive).mean()
         symmetric = set(self.directions) == {"query_to_doc", "doc_to_query"} and len(query) == len(docs)
         if symmetric and not self._hardness():
-            rows = similarity_lse(query, docs, scale=self.scale, a_ids=own, b_ids=every, return_cols=True)
-            sides = list(rows)
+            sides = list(
+                similarity_lse(query, docs, scale=self.scale, a_ids=own, b_ids=every, return_cols=True)
+            )
         else:
             sides = [self._docs(query, docs, hard, own, every)]
             if "doc_to_query" in self.directions:

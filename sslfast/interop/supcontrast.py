@@ -75,10 +75,11 @@ class SupConLoss(nn.Module):
             sums, weight = others @ images, others.sum(1) * views
         else:
             ids = torch.arange(batch, device=rows.device) if labels is None else labels
-            group = torch.unique(ids, return_inverse=True)[1]
+            ordered = ids.sort().values
+            group = torch.searchsorted(ordered, ids)
+            count = torch.searchsorted(ordered, ids, right=True) - group
             classes = torch.zeros_like(images).index_put((group,), images, accumulate=True)
-            sums = classes[group] - images
-            weight = (torch.bincount(group, minlength=batch)[group] - 1).to(images.dtype) * views
+            sums, weight = classes[group] - images, (count - 1).to(images.dtype) * views
             own = torch.ones_like(weight)
         scale, every = 1 / self.temperature, features.transpose(0, 1).flatten(0, 1)
         if self.contrast_mode == "one":
