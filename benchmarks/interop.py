@@ -53,7 +53,7 @@ def main(
     Args:
         json_out: where to write the results; a folder gets <device>/interop.json.
         device: "cpu" or "cuda".
-        only: cases whose name begins so.
+        only: cases whose name begins so; in the file they replace earlier ones of theirs.
         rounds: alternations, each of which times both once; 0: the case's own.
         seconds: begin no case after as many; 0: no limit.
         memory_of: (internal) measure the memory of one side of the first case in this process and print it.
@@ -68,7 +68,7 @@ def main(
         print(json.dumps(memory_here(cases[0], memory_of, rows, device, limited)))
         return
     console = Console(width=140)
-    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name()
     versions = {
         "torch": torch.__version__,
         "sslfast": sslfast.__version__,
@@ -82,6 +82,8 @@ def main(
         "cases": [],
     }
     path = json_path(json_out, name, "interop.json")
+    kept = json.loads(path.read_text()) if only and path and path.exists() else {"cases": [], "libraries": {}}
+    whole["libraries"].update(kept["libraries"])
     began = time.perf_counter()
     for case in cases:
         try:
@@ -94,7 +96,9 @@ def main(
             continue
         whole["libraries"][case.library] = version_of(case.library)
         whole["cases"].append(run_case(case, device, rounds or case.rounds))
-        keep(path, whole)
+        new = {row["name"]: row for row in whole["cases"]}
+        old = [new.pop(row["name"], row) for row in kept["cases"]]
+        keep(path, {**whole, "cases": [*old, *new.values()]})
     show(whole["cases"], console)
     if path:
         console.print(f"wrote {path}")
