@@ -170,7 +170,9 @@ def check(case: Case, row: dict, calls: dict[str, Callable], leaves: Leaves) -> 
 
 
 def child(case: Case, name: str, rows: int, device: str, limited: bool = False) -> dict:
-    """Time and memory in a fresh process."""
+    """Time and memory in a fresh process, or on a GPU, whose memory torch counts, in this one."""
+    if device == "cuda":
+        return memory_here(case, name, rows, device, limited)
     command = [sys.executable, __file__, "--only", case.name, "--memory-of", name, "--rows", str(rows)]
     command += ["--device", device, *(["--limited"] if limited else [])]
     done = subprocess.run(command, capture_output=True, text=True)

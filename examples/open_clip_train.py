@@ -43,7 +43,7 @@ def zero_shot(model: CLIP, tokenizer, images: Tensor, digits: Tensor) -> float:
     return float((found == digits).float().mean())
 
 
-def main(epochs: int = 10, batch_size: int = 256, learning_rate: float = 1e-3, seed: int = 0) -> None:
+def main(epochs: int = 20, batch_size: int = 128, learning_rate: float = 3e-4, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = CLIP(
         embed_dim=128,
@@ -59,7 +59,8 @@ def main(epochs: int = 10, batch_size: int = 256, learning_rate: float = 1e-3, s
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.1)
     before = zero_shot(model, tokenizer, *test)
     for epoch in range(epochs):
-        for chosen in torch.randperm(len(train[0])).split(batch_size):
+        order = torch.randperm(len(train[0]))
+        for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
             captions = [
                 TEMPLATES[int(torch.randint(len(TEMPLATES), ()))].format(WORDS[i]) for i in train[1][chosen]
             ]

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-# Blocked similarity_lse on a CPU: rows and columns of a tile of logits. 512 x 768 float32 is 1.5 MiB, which
-# about fits the L2 caches of two cores between its matrix product and its epilogue; with fewer than 512 rows
-# MKL's product of 128 features ran at 105 instead of 170 GFLOP/s. With more features the products outweigh the
-# epilogue, and they like larger tiles better.
-CPU_TILE, CPU_TILE_WIDE = (512, 768), (1024, 1024)
+# Blocked similarity_lse on a CPU: rows and columns of a tile of logits. Either is 1.5 MiB in float32, which
+# about fits the L2 caches of two cores between its matrix product and its epilogue; flat tiles waste less of
+# a symmetric problem on the diagonal, but on an AMD CPU MKL's product of 128 features ran at 105 GFLOP/s with
+# fewer than 512 rows and at 170 with more. With more features the products outweigh the epilogue, and like
+# larger tiles better.
+CPU_TILE, CPU_TILE_AMD, CPU_TILE_WIDE = (384, 1024), (512, 768), (1024, 1024)
 
 PADDING = 128  # rows of the flash form are padded to a multiple of this; every tile's side divides it
 SMALL = 1024 * 1024  # up to so many logits the running maximum alone serves: fewer launches
@@ -111,7 +112,17 @@ EPILOGUE = Tile(32, 128, 4, 1)
 
 def cpu_tile(d: int) -> tuple[int, int]:
     """The CPU's tile for rows of d features."""
-    return CPU_TILE if d <= 256 else CPU_TILE_WIDE
+    if d > 256:
+        return CPU_TILE_WIDE
+    return CPU_TILE_AMD if _is_amd() else CPU_TILE
+
+
+@functools.cache
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def padded_dim(d: int) -> int:

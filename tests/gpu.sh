@@ -31,19 +31,19 @@ stage() { # name, seconds, command
 }
 
 # One process compiles each kernel for all of them.
-stage "every kernel once" 100 "$BIN/python" benchmarks/gpu.py --quick
+stage "every kernel once" 90 "$BIN/python" benchmarks/gpu.py --quick
 if command -v compute-sanitizer > /dev/null; then
     log=$(mktemp)
     began=$SECONDS
     # Without torch's cache of memory, every buffer is an allocation of its own and its ends are seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 50 compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$BIN/python" benchmarks/gpu.py --quick > "$log" 2>&1
     code=$?
     tail -n 3 "$log"
     if grep -q "Device not supported\|Failed to initialize" "$log"; then
         echo "== compute-sanitizer does not work on this machine"
     elif [ $code -eq 124 ]; then
-        echo "== compute-sanitizer: cut off after 60 s, no error until then"
+        echo "== compute-sanitizer: cut off after 50 s, no error until then"
     else
         [ $code -eq 0 ] || failed=1
         echo "== compute-sanitizer: exit $code after $((SECONDS - began)) s"
@@ -53,16 +53,16 @@ else
 fi
 workers=""
 "$BIN/python" -c 'import xdist' 2> /dev/null && workers="-n 8"
-stage "tests" 200 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
+stage "tests" 170 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_backends.py tests/test_gpu.py \
     tests/test_ema_kernels.py tests/test_patch_mask_kernels.py tests/test_patch_kernels.py \
     tests/test_prototypes_gpu.py tests/test_losses_gpu.py tests/test_interop_gpu.py tests/test_clip.py tests/test_supcon.py \
     tests/test_negative_losses.py tests/test_triplet.py tests/test_linear_cross_entropy.py
-stage "EMA" 30 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
+stage "EMA" 20 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
 # What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
-stage "masking" 60 "$BIN/python" benchmarks/masking.py --device cuda --seconds 40 --json-out "$RESULTS"
-stage "prototypes" 60 "$BIN/python" benchmarks/prototypes.py --device cuda --seconds 40 --json-out "$RESULTS"
-stage "losses" 60 "$BIN/python" benchmarks/losses_gpu.py --seconds 40 --json-out "$RESULTS"
+stage "masking" 50 "$BIN/python" benchmarks/masking.py --device cuda --seconds 32 --json-out "$RESULTS"
+stage "prototypes" 50 "$BIN/python" benchmarks/prototypes.py --device cuda --seconds 32 --json-out "$RESULTS"
+stage "losses" 50 "$BIN/python" benchmarks/losses_gpu.py --seconds 32 --json-out "$RESULTS"
 # Beside those originals that $PYTHON has; torch's own AveragedModel is always there.
-stage "drop-ins" 60 "$BIN/python" benchmarks/interop.py --device cuda --seconds 40 --json-out "$RESULTS"
+stage "drop-ins" 30 "$BIN/python" benchmarks/interop.py --device cuda --seconds 15 --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

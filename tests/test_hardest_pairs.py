@@ -31,7 +31,7 @@ def assert_hardest(x, groups, far, near):
     "n, d, classes", [(1, 3, 1), (2, 3, 1), (5, 4, 5), (33, 1, 3), (64, 7, 2), (700, 8, 9), (1100, 300, 4)]
 )
 def test_hardest(isa, dtype, n, d, classes):
-    """Across tiles (512 x 768, and 1024 x 1024 for the widest rows) and a last part that fills no lane."""
+    """Across tiles (1024 x 1024 for the widest rows) and a last part that fills no lane."""
     torch.manual_seed(n)
     x, groups = torch.randn(n, d, dtype=dtype), torch.randint(0, min(classes, n), (n,))
     assert_hardest(x, groups, *hardest_pairs(x, groups))

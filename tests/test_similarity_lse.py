@@ -361,5 +361,7 @@ def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def test_tiles_are_what_the_sizes_above_assume():
-    assert (tuning.cpu_tile(16), tuning.cpu_tile(128)) == ((512, 768), (512, 768))
+@pytest.mark.parametrize("amd, tile", [(False, (384, 1024)), (True, (512, 768))])
+def test_tiles_are_what_the_sizes_above_assume(monkeypatch, amd, tile):
+    monkeypatch.setattr(tuning, "_is_amd", lambda: amd)
+    assert tuning.cpu_tile(16) == tuning.cpu_tile(128) == tile

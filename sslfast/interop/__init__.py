@@ -55,6 +55,15 @@ def patch(library: str) -> list[str]:
     adaptor = importlib.import_module(f"sslfast.interop.{library}")
     _check_installed(adaptor)
     undo = _swapped[library] = {}
+    try:
+        _swap(adaptor, undo)
+    except BaseException:
+        unpatch(library)
+        raise
+    return list(undo)
+
+
+def _swap(adaptor: Any, undo: dict[str, Callable[[], None]]) -> None:
     for name, ours in adaptor.SWAPS.items():
         owner, key = _owner(name), name.rsplit(".", 1)[1]
         original = getattr(owner, key, None)
@@ -69,7 +78,6 @@ def patch(library: str) -> list[str]:
             stand_in = _copy(ours, original)
             _replace(original, stand_in)
             undo[name] = functools.partial(_replace, stand_in, original)
-    return list(undo)
 
 
 def unpatch(library: str) -> None:

@@ -1,4 +1,4 @@
-"""Drop-ins for lightly (1.5 and newer): NT-Xent with its memory bank, DCL, DCLW, DINO, the EMA update.
+"""Drop-ins for lightly (1.6 and newer): NT-Xent with its memory bank, DCL, DCLW, DINO, the EMA update.
 
     from sslfast.interop.lightly import NTXentLoss  # instead of: from lightly.loss import NTXentLoss
 
@@ -28,7 +28,7 @@ from sslfast.losses import dino_loss, ntxent_loss, update_center_
 from sslfast.ops import ema_update_, similarity_lse
 
 PACKAGE = "lightly"
-NEEDS = "lightly>=1.5"
+NEEDS = "lightly>=1.6"
 
 
 class MemoryBankModule(nn.Module):
@@ -78,7 +78,7 @@ class MemoryBankModule(nn.Module):
         """Writes rows [B, D] behind the newest, with gather_distributed those of all processes."""
         batch = gathered_constant(batch) if self.gather_distributed else batch
         count, size = len(batch), self.size[0]
-        batch = batch[:size].to(self.bank.dtype)
+        batch = batch[:size].to(self.bank)  # which may be on another device
         rows = self.bank_ptr + positions(batch)
         fits = rows < size
         rows = rows % size
@@ -90,8 +90,8 @@ class MemoryBankModule(nn.Module):
 class NTXentLoss(nn.Module):
     """lightly.loss.NTXentLoss: NT-Xent, or with a memory bank MoCo's loss against it.
 
-    In memory linear in the batch. With a bank its keys are the negatives, out1 is enqueued once they were
-    used, where out0 requires a gradient; nothing is cloned.
+    In memory linear in the batch, unless `cross_entropy` is replaced. With a bank its keys are the negatives,
+    and out1 is enqueued once they were used, where out0 requires a gradient; nothing is cloned.
 
     Args:
         temperature: number of either sign.
@@ -121,6 +121,8 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean over both views' rows [B, D], with a memory bank over out0's."""
         check_rows("out1", out1, "out0", out0)
+        if not self._is_cross_entropy():
+            return self._with_another_criterion(out0, out1)
         rank, size = processes()
         scale = 1 / self.temperature
         if self.memory_bank.size[0]:
@@ -141,6 +143,32 @@ class NTXentLoss(nn.Module):
         a_ids, b_ids = _images(len(z0), rank, size, z0.device)
         negatives = similarity_lse(own, every, scale=scale, a_ids=a_ids, b_ids=b_ids)
         return softplus(negatives - scale * products(z0, z1).repeat(2)).mean()
+
+    def _is_cross_entropy(self) -> bool:
+        """Whether the criterion is the one that lightly sets, which is fused here."""
+        entropy = self.cross_entropy
+        options = entropy.weight, entropy.reduction, entropy.label_smoothing
+        return type(entropy) is nn.CrossEntropyLoss and options == (None, "mean", 0.0)
+
+    def _with_another_criterion(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Of the whole matrix of logits, as lightly computes it."""
+        rank, size = processes() if self.gather_distributed else (0, 1)
+        z0, z1 = (F.normalize(x, dim=1) for x in (out0, out1))
+        if self.memory_bank.size[0]:
+            bank = self.memory_bank.bank.to(z0.device, z0.dtype, copy=True)
+            if z0.requires_grad:
+                self.memory_bank._dequeue_and_enqueue(z1)
+            logits = torch.cat(((z0 * z1).sum(1, keepdim=True), z0 @ bank.T), 1)
+            return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(z0)).long())
+        all0, all1 = (gathered(x) if size > 1 else x for x in (z0, z1))
+        own = positions(z0, rank * len(z0))
+        keep = torch.ones(len(z0), len(all0), dtype=torch.bool, device=z0.device)
+        keep[positions(z0), own] = False
+        sides = [
+            torch.cat((x @ other.T, (x @ same.T)[keep].view(len(x), -1)), 1)
+            for x, other, same in ((z0, all1, all0), (z1, all0, all1))
+        ]
+        return self.cross_entropy(torch.cat(sides) / self.temperature, own.repeat(2))
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:

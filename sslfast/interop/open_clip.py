@@ -8,13 +8,22 @@ exists, and both directions come from one pass. Losses are float32, or float64.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sslfast.interop._rows import gathered, gathered_constant, positions, products, softplus, wide
+from sslfast.interop._rows import (
+    gathered,
+    gathered_constant,
+    positions,
+    processes,
+    products,
+    softplus,
+    wide,
+)
 from sslfast.losses import clip_loss, siglip_loss
 from sslfast.ops import similarity_bce, similarity_lse
 
 PACKAGE = "open_clip"
-NEEDS = "open_clip_torch>=2.20"
+NEEDS = "open_clip_torch>=3.3"
 
 
 class ClipLoss(nn.Module):
@@ -76,6 +85,7 @@ class ClipLoss(nn.Module):
         """Features of all processes, with the gradients that the options ask for."""
         if self.world_size == 1:
             return images, texts
+        _check_group(self.rank, self.world_size)
         if self.use_horovod:
             raise NotImplementedError("use_horovod: expected False, got True; torch.distributed is served")
         if self.gather_with_grad:
@@ -102,6 +112,11 @@ class ClipLoss(nn.Module):
             image_features, text_features: [B, D], row i of both belong together; taken as they are.
             logit_scale, logit_bias: numbers or tensors of one element.
         """
+        if not _is_plain(self, ClipLoss):
+            both = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, len(both[0]))
+            loss = torch.stack([F.cross_entropy(logits, labels) for logits in both]).mean()
+            return {"contrastive_loss": loss} if output_dict else loss
         scale, bias = _scalar(logit_scale), None if logit_bias is None else _scalar(logit_bias)
         images, texts = self._gather(image_features, text_features)
         if self.world_size > 1 and self.local_loss:
@@ -189,6 +204,11 @@ class SigLipLoss(nn.Module):
             image_features, text_features: [B, D], row i of both belong together; taken as they are.
             logit_scale, logit_bias: numbers or tensors of one element.
         """
+        if self.world_size > 1:
+            _check_group(self.rank, self.world_size)
+        if not _is_plain(self, SigLipLoss):
+            loss = self._of_logits(image_features, text_features, logit_scale, logit_bias)
+            return {"contrastive_loss": loss} if output_dict else loss
         scale, bias = _scalar(logit_scale), _scalar(0.0 if logit_bias is None else logit_bias)
         if self.world_size > 1:
             texts = gathered(text_features)
@@ -199,6 +219,30 @@ class SigLipLoss(nn.Module):
         else:
             loss = siglip_loss(image_features, text_features, scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _of_logits(
+        self, images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor | float | None
+    ) -> Tensor:
+        """Where a subclass has logits or labels of its own."""
+        every = gathered(texts).chunk(self.world_size) if self.world_size > 1 else [texts]
+        total = images.new_zeros(())
+        for rank, part in enumerate(every):
+            logits = self.get_logits(images, part, scale, bias)
+            foreign = self.world_size > 1 and rank != self.rank
+            labels = self.get_ground_truth(images.device, images.dtype, len(images), negative_only=foreign)
+            total = total - F.logsigmoid(labels * logits).sum()
+        return total / len(images)
+
+
+def _is_plain(loss: nn.Module, kind: type) -> bool:
+    """Whether no subclass has logits or labels of its own."""
+    return all(getattr(type(loss), k) is getattr(kind, k) for k in ("get_logits", "get_ground_truth"))
+
+
+def _check_group(rank: int, world_size: int) -> None:
+    if processes() != (rank, world_size):
+        found = "rank {}, world_size {}".format(*processes())
+        raise ValueError(f"rank: expected torch.distributed's {found}, got {rank} of {world_size}")
 
 
 def _scalar(x: Tensor | float) -> Tensor | float:

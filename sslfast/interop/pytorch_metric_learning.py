@@ -1,4 +1,4 @@
-"""Drop-ins for pytorch-metric-learning (2.0 and newer), which has to be installed: they are its subclasses.
+"""Drop-ins for pytorch-metric-learning (2.9 and newer), which has to be installed: they are its subclasses.
 
     from sslfast.interop.pytorch_metric_learning import NTXentLoss
     # instead of: from pytorch_metric_learning.losses import NTXentLoss
@@ -9,6 +9,8 @@ pairs, in memory linear in their number. Everything else, such as another distan
 tuple, triplets with one, with ref_emb, `swap` or `smooth_loss`, is the original's own code, and so is its
 memory. Distances, reducers, miners and regularizers are the original's.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ except ImportError as error:
 __all__ = ["CrossBatchMemory", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss", "TripletMarginLoss"]
 
 PACKAGE = "pytorch_metric_learning"
-NEEDS = "pytorch-metric-learning>=2.0"
+NEEDS = "pytorch-metric-learning>=2.9"
 
 # The originals' methods, which serve what is not fused, also while `patch` has put others in their place.
 _ntxent = losses.NTXentLoss.compute_loss
@@ -79,12 +81,12 @@ class _Rows:
         negatives = len(self.z) * len(self.columns) - equal
         return positives > 0 and negatives > 0 and positives + negatives > 2
 
-    def lse_of_negatives(self, scale: float) -> Tensor:
+    def lse_of_negatives(self, scale: Tensor | float) -> Tensor:
         if self.ref is None and self.skips_some:
             return similarity_lse(self.z, scale=scale, a_ids=self.labels)
         return similarity_lse(self.z, self.columns, scale=scale, a_ids=self.labels, b_ids=self.ref_labels)
 
-    def lse_of_all(self, scale: float) -> Tensor:
+    def lse_of_all(self, scale: Tensor | float) -> Tensor:
         if self.ref is None and self.skips_some:
             return similarity_lse(self.z, scale=scale)
         if not self.skips_some:
@@ -128,11 +130,16 @@ def _fuses(loss, kind, embeddings, ref_emb, ref_labels) -> bool:
     temperature = loss.temperature
     return (
         type(loss)._compute_loss is kind._compute_loss
-        and (isinstance(temperature, Tensor) or temperature != 0)
+        and (temperature.numel() == 1 if isinstance(temperature, Tensor) else temperature != 0)
         and _is_product(loss.distance)
         and _dense(embeddings, ref_emb)
         and (ref_labels is None or len(ref_labels) == len(ref_emb))
     )
+
+
+def _scale(loss) -> Tensor | float:
+    temperature = loss.temperature
+    return 1 / (temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
 
 
 def _is_product(distance) -> bool:
@@ -172,7 +179,7 @@ class NTXentLoss(losses.NTXentLoss):
                 return self.zero_losses()
             rows, columns = data.positives()
             positive = pair_products(data.z, data.columns, rows, columns) / self.temperature
-            negatives = data.lse_of_negatives(1 / self.temperature)[rows]
+            negatives = data.lse_of_negatives(_scale(self))[rows]
         else:
             rows, columns, others, negatives_at = (
                 x.to(embeddings.device) for x in pairs_of.convert_to_pairs(indices_tuple, labels, ref_labels)
@@ -207,7 +214,7 @@ def _lse_by_row(logits: Tensor, rows: Tensor, count: int) -> Tensor:
     """Log-sum-exp of the logits of each of `count` rows, -inf for a row that has none."""
     most = logits.new_full((count,), -torch.inf).scatter_reduce(0, rows, logits.detach(), "amax")
     shift = most.masked_fill(most == -torch.inf, 0.0)
-    sums = torch.zeros_like(shift).index_add(0, rows, (logits - shift[rows]).exp())
+    sums = _sums(count, rows, (logits - shift[rows]).exp()[:, None])[:, 0]
     none = sums == 0
     return (sums.masked_fill(none, 1.0).log() + shift).masked_fill(none, -torch.inf)
 
@@ -228,7 +235,7 @@ class SupConLoss(losses.SupConLoss):
         if not data.has_pairs():
             return self.zero_losses()
         mean, count = data.mean_of_positives()
-        terms = data.lse_of_all(1 / self.temperature) - mean / self.temperature
+        terms = data.lse_of_all(_scale(self)) - mean / self.temperature
         return {
             "loss": {
                 "losses": torch.where(count > 0, terms, 0.0),
@@ -281,24 +288,20 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """pytorch_metric_learning.losses.CrossBatchMemory: embeddings against those of earlier batches too.
 
     As in the original, a batch is enqueued before the loss and does not meet itself; nor does one of a single
-    row, which the original compares with itself. Around the NTXentLoss
-    and SupConLoss above, without miner and index tuple, no pairs are listed; otherwise all are, in memory of
-    batch times memory_size.
+    row, which the original compares with itself. Around the NTXentLoss and SupConLoss above, without miner,
+    index tuple and enqueue_mask, no pairs are listed; otherwise all are, batch times memory_size of them.
     """
 
     def create_indices_tuple(
         self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
     ):
-        fused = (
-            getattr(type(self.loss), "compute_loss", None)
-            in (NTXentLoss.compute_loss, SupConLoss.compute_loss)
-            and not self.miner
-            and input_indices_tuple is None
-            and do_remove_self_comparisons
-            and _is_product(self.loss.distance)
-            and _dense(embeddings, E_mem)
-        )
-        if fused:
+        kinds: dict[Any, Any] = {
+            NTXentLoss.compute_loss: losses.NTXentLoss,
+            SupConLoss.compute_loss: losses.SupConLoss,
+        }
+        kind = kinds.get(getattr(type(self.loss), "compute_loss", None))
+        plain = not self.miner and input_indices_tuple is None and do_remove_self_comparisons
+        if kind and plain and _fuses(self.loss, kind, embeddings, E_mem, L_mem):
             return _Memory((self.curr_batch_idx,))
         return _all_pairs(
             self, embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons

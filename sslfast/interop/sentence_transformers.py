@@ -1,4 +1,4 @@
-"""Drop-ins for sentence-transformers (6.0 and newer), which has to be installed: they are its subclasses.
+"""Drop-ins for sentence-transformers (6.2 and newer), which has to be installed: they are its subclasses.
 
     from sslfast.interop.sentence_transformers import MultipleNegativesRankingLoss
     # instead of: from sentence_transformers.losses import MultipleNegativesRankingLoss
@@ -24,11 +24,11 @@ try:
     from sentence_transformers.sentence_transformer import losses
 except ImportError as error:
     raise ImportError(
-        "sslfast.interop.sentence_transformers: pip install 'sentence-transformers>=6.0'"
+        "sslfast.interop.sentence_transformers: pip install 'sentence-transformers>=6.2'"
     ) from error
 
 PACKAGE = "sentence_transformers"
-NEEDS = "sentence-transformers>=6.0"
+NEEDS = "sentence-transformers>=6.2"
 
 EPS = 1e-8  # nn.CosineSimilarity's
 
@@ -221,7 +221,7 @@ class GISTEmbedLoss(losses.GISTEmbedLoss):
             )
             first = util.get_rank() * batch
         rows = [unit(x, EPS) for x in embeddings]
-        guides = [wide(unit(x, EPS)) for x in guides]
+        guides = [wide(unit(x.to(rows[0].device), EPS)) for x in guides]
         local = slice(first, first + batch)
         anchor, anchor_guide = rows[0], guides[0]
         similar = products(anchor_guide, guides[1][local])

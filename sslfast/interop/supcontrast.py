@@ -72,7 +72,8 @@ class SupConLoss(nn.Module):
             mask = mask.to(features.device, images.dtype)
             own = mask.diagonal()
             others = mask - torch.diag(own)
-            sums, weight = others @ images, others.sum(1) * views
+            with torch.autocast(rows.device.type, enabled=False):
+                sums, weight = others @ images, others.sum(1) * views
         else:
             ids = torch.arange(batch, device=rows.device) if labels is None else labels
             ordered = ids.sort().values

@@ -29,7 +29,7 @@ class ModelEmaV3(model_ema.ModelEmaV3):
     """
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        ours, theirs = list(self.module.state_dict().values()), list(model.state_dict().values())
+        ours, theirs = _tensors(self.module), _tensors(model)
         if not self._update(ours, theirs, decay):
             _apply(self, model, decay)
 
@@ -43,11 +43,16 @@ class ModelEmaV3(model_ema.ModelEmaV3):
         """Averages floating tensors and copies the others, if this is a case for `ema_update_`."""
         rounds = getattr(self, "stochastic_rounding", False)
         if any(
-            x.device != y.device or x.is_complex() or (rounds and x.dtype == torch.bfloat16)
+            type(x) not in (Tensor, nn.Parameter)
+            or x.device != y.device
+            or x.is_complex()
+            or (rounds and x.dtype == torch.bfloat16)
             for x, y in zip(ours, theirs, strict=True)
         ):
             return False
-        pairs = {(x.data_ptr(), x.shape, x.stride()): (x, y) for x, y in zip(ours, theirs, strict=True)}
+        pairs = {
+            (x.data_ptr() or id(x), x.shape, x.stride()): (x, y) for x, y in zip(ours, theirs, strict=True)
+        }
         floating = [(x, y) for x, y in pairs.values() if x.is_floating_point() and x.numel()]
         for x, y in pairs.values():
             if not x.is_floating_point():
@@ -55,6 +60,15 @@ class ModelEmaV3(model_ema.ModelEmaV3):
         if floating:
             ema_update_([x for x, _ in floating], [y for _, y in floating], decay)
         return True
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """What the state consists of: the same objects each time, which `ema_update_` knows again."""
+    kept: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return [kept.get(name, x) for name, x in model.state_dict().items()]
 
 
 SWAPS = {"timm.utils.model_ema.ModelEmaV3": ModelEmaV3}

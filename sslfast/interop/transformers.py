@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("sslfast.interop.transformers: pip install transformers") from error
 
 PACKAGE = "transformers"
-NEEDS = "transformers>=4.40"
+NEEDS = "transformers>=5.23"
 
 
 def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

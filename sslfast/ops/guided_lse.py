@@ -20,10 +20,22 @@ def _chunks(a, b, u, v, limit, scale, a_ids, b_ids):
     step = max(1, CHUNK // max(1, len(b)))
     for begin in range(0, len(a), step):
         rows = slice(begin, begin + step)
-        out = (u[rows] @ v.T) > limit[rows, None]
+        out = _exact_product(u[rows], v) > limit[rows, None]
         if a_ids is not None:
             out |= a_ids[rows, None] == b_ids
         yield rows, (scale * (a[rows] @ b.T)).masked_fill_(out, -torch.inf)
+
+
+def _exact_product(u: Tensor, v: Tensor) -> Tensor:
+    """Without TF32, whatever is set: limits are compared to the last digits."""
+    if not u.is_cuda:
+        return u @ v.T
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return u @ v.T
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _forward(a, b, u, v, limit, scale, a_ids, b_ids):
