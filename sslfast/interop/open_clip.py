@@ -85,9 +85,9 @@ class ClipLoss(nn.Module):
         """Features of all processes, with the gradients that the options ask for."""
         if self.world_size == 1:
             return images, texts
-        _check_group(self.rank, self.world_size)
         if self.use_horovod:
             raise NotImplementedError("use_horovod: expected False, got True; torch.distributed is served")
+        _check_group(self.rank, self.world_size)
         if self.gather_with_grad:
             return gathered(images), gathered(texts)
         every = gathered_constant(images), gathered_constant(texts)
