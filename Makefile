@@ -22,7 +22,7 @@ test: $(READY)
 INTEROP := .venv-interop
 COMPARED := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 test-interop-cpu: $(READY)
-	$(BIN)/pip install -q -c constraints.txt -c constraints-interop.txt pytorch-metric-learning sentence-transformers
+	$(BIN)/pip install -q -c constraints.txt pytorch-metric-learning sentence-transformers
 	$(COMPARED) $(BIN)/pytest -n 2 --dist worksteal $(foreach name,pytorch_metric_learning cross_batch_memory \
 	    sentence_transformers gist transformers patch,tests/test_interop_$(name).py)
 
