@@ -1,6 +1,7 @@
 """Fused kernels for self-supervised learning: similarity-softmax losses on one primitive."""
 
 from sslfast._version import __version__
+from sslfast.cached import cached_step
 from sslfast.losses import (
     BYOLLoss,
     CLIPLoss,
@@ -77,6 +78,7 @@ __all__ = [
     "available_backends",
     "block_patch_mask",
     "byol_loss",
+    "cached_step",
     "clip_loss",
     "cosine_momentum",
     "dcl_loss",

@@ -1,5 +1,6 @@
 """What tests run in several processes, which have to find it in a module by name."""
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,10 @@ def run(worker: Callable, count: int, folder: Path) -> list:
 def _run(rank: int, worker: Callable, count: int, store: str, results: dict) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # each has random numbers of its own
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    timeout = datetime.timedelta(seconds=60)  # a process that waits in vain fails, and the test with it
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout
+    )
     try:
         results[rank] = worker(rank)
     finally:

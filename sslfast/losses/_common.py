@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslfast.ops._check import FLOATS, check_tensor, number, working_dtype
+from sslfast.distributed import _sharded as sharded
+from sslfast.distributed._ranks import ALONE, Ranks
+from sslfast.ops._check import FLOATS, check_choice, check_tensor, number, working_dtype
 from sslfast.ops.pair_rows import EPS
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,11 +41,6 @@ def view_stack(name: str, views: Tensor | Sequence[Tensor], fewest: int) -> Tens
     return views if isinstance(views, Tensor) else torch.stack(tuple(views))
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def check_reduction(reduction: str) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -72,15 +69,19 @@ def normalized(x: Tensor, dtype: torch.dtype) -> Tensor:
     return F.normalize(x.to(working_dtype(x)), dim=-1, eps=EPS).to(dtype)
 
 
-def reduced(terms: Tensor, reduction: str, weights: Tensor | None = None) -> Tensor:
+def reduced(terms: Tensor, reduction: str, weights: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
+    """The terms of this process, or their sum or mean over those of all processes."""
     if weights is not None:
         weights = weights.to(terms.dtype)
         terms = terms * weights
     if reduction == "none":
         return terms
+    if reduction == "mean" and weights is None and ranks is ALONE:
+        return terms.mean()
+    total = ranks.total(terms.sum())
     if reduction == "sum":
-        return terms.sum()
-    return terms.mean() if weights is None else terms.sum() / weights.sum()
+        return total
+    return total / (ranks.count(terms.numel()) if weights is None else ranks.total(weights.sum()))
 
 
 def groups_of(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,11 +92,14 @@ def groups_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     return group, torch.zeros_like(ids).index_add(0, group, torch.ones_like(ids))[group]
 
 
-def sums_by_id(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of x [N, D], the sum of all rows of its id [N, D] and how many they are [N].
+def sums_by_id(ids: Tensor, x: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """For each row of x [N, D], the sum of all rows of its id [N, D], on all processes, and how many they are
+    [N].
 
     Deterministic, and so is its gradient: on a GPU index_put sorts before it adds, index_add does not.
     """
+    if ranks is not ALONE:
+        return sharded.sums_by_id(ranks, ids, x)
     group, size = groups_of(ids)
     zeros = torch.zeros_like(x)
     sums = zeros.index_put((group,), x, accumulate=True) if x.is_cuda else zeros.index_add(0, group, x)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.distributed import _sharded as sharded
+from sslfast.distributed._join import Group, across, collective, join
+from sslfast.distributed._ranks import ALONE, Ranks
 from sslfast.losses._common import (
     check_reduction,
     check_share,
@@ -27,7 +30,6 @@ from sslfast.losses._common import (
     sums_by_id,
     view_stack,
 )
-from sslfast.ops import similarity_lse
 from sslfast.ops._check import (
     FLOATS,
     check_temperature,
@@ -49,6 +51,7 @@ def ntxent_reference(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
 
 
+@collective
 def ntxent_loss(
     z1: Tensor,
     z2: Tensor,
@@ -57,6 +60,9 @@ def ntxent_loss(
     normalize: bool = True,
     ids: Tensor | None = None,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """Normalised-temperature cross-entropy of SimCLR (Chen et al. 2020): two views of N images.
 
@@ -70,6 +76,7 @@ def ntxent_loss(
         ids: int64 [N]: images of the same id are not each other's negatives; the other view stays the
         positive.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N], the rows of z1 first.
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). A row without negatives has loss 0; an empty batch a mean of NaN.
@@ -82,15 +89,15 @@ def ntxent_loss(
     check_reduction(reduction)
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z1)
-        ids = ids.repeat(2)
-    else:
-        ids = torch.arange(2 * n, device=z1.device).remainder_(n) if n else z1.new_empty(0, dtype=torch.int64)
+    ranks = join(group, strategy, scaling, "z1", len(z1))
+    ids = (ranks.images(z1) if ids is None else ids).repeat(2)
     z, positive = pair_rows(z1, z2, normalize, compare_dtype(z1))
-    negatives = similarity_lse(z, scale=scale, a_ids=ids)
+    negatives = sharded.similarity_lse(ranks, z, scale=scale, a_ids=ids)
     terms = softplus(minus(negatives.view(2, n), positive, scale))
-    return reduced(terms.view(-1), reduction)
+    return reduced(terms.view(-1), reduction, ranks=ranks)
 
 
+@collective
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
@@ -104,6 +111,9 @@ def info_nce_loss(
     label_smoothing: float = 0.0,
     margin: float = 0.0,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """InfoNCE (van den Oord et al. 2018): query i against key i as its positive and every other key.
 
@@ -120,6 +130,7 @@ def info_nce_loss(
         margin: taken off the positive's similarity before the temperature (additive margin softmax).
         reduction: "mean" (weighted where weights are given; NaN where they add up to 0), "sum", or "none":
         [N].
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). A query without negatives has loss 0; an empty batch a mean of
@@ -139,35 +150,40 @@ def info_nce_loss(
             raise ValueError("weights: expected no negative and no NaN, got some")
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), query)
-    else:
-        ids = torch.arange(n, device=query.device)
     if negatives is not None:
         if symmetric:
             raise ValueError("negatives: expected None when symmetric=True, got a tensor")
         per_query = isinstance(negatives, Tensor) and negatives.dim() == 3
         shape = (n, None, query.shape[1]) if per_query else (None, query.shape[1])
         check_tensor("negatives", negatives, like_dtypes(query), shape, query)
+    ranks = join(group, strategy, scaling, "query", n, 0 if negatives is None else len(negatives))
 
+    own_ids = ids is None
+    ids = ranks.images(query) if ids is None else ids
     dtype = compare_dtype(query)
     z, positive = pair_rows(query, key, normalize, dtype)
     q, k = z[:n], z[n:]
     positive = scale * (positive - margin)
-    lse = similarity_lse(q, k, scale=scale, a_ids=ids, b_ids=ids, return_cols=symmetric)
+    lse = sharded.similarity_lse(ranks, q, k, scale=scale, a_ids=ids, b_ids=ids, return_cols=symmetric)
     if isinstance(lse, tuple):
         sides = [(q, k, lse[0]), (k, q, lse[1])]
     elif negatives is None:
         sides = [(q, k, lse)]
     else:
         negatives = normalized(negatives, dtype) if normalize else negatives.to(dtype)
-        sides = [(q, k, _logaddexp(lse, _extra_lse(q, negatives, scale)))]
+        sides = [(q, k, _logaddexp(lse, _extra_lse(q, negatives, scale, ranks)))]
 
     terms = torch.stack([softplus(side_lse - positive) for _, _, side_lse in sides]).mean(0)
     if label_smoothing:
-        means = [_mean_logit(own, other, positive, ids, negatives, scale) for own, other, _ in sides]
+        means = [
+            _mean_logit(own, other, positive, None if own_ids else ids, negatives, scale, ranks)
+            for own, other, _ in sides
+        ]
         terms = terms + label_smoothing * (positive - torch.stack(means).mean(0))
-    return reduced(terms, reduction, weights)
+    return reduced(terms, reduction, weights, ranks)
 
 
+@collective
 def multiview_ntxent_loss(
     views: Tensor | Sequence[Tensor],
     temperature: Tensor | float = 0.5,
@@ -175,6 +191,9 @@ def multiview_ntxent_loss(
     normalize: bool = True,
     ids: Tensor | None = None,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """NT-Xent of V views of N images: the mean of its terms over each row's V - 1 positives.
 
@@ -187,6 +206,7 @@ def multiview_ntxent_loss(
         normalize: compare by cosine (norms in float32), otherwise by dot product.
         ids: int64 [N]: images of the same id are not each other's negatives.
         reduction: "mean" over the V N rows, "sum", or "none": [V, N].
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). A row without negatives has loss 0; an empty batch a mean of NaN.
@@ -198,12 +218,13 @@ def multiview_ntxent_loss(
     scale = inverse_temperature("temperature", temperature, z)
     check_reduction(reduction)
     count, n, _ = z.shape
-    if ids is None:
-        ids = torch.arange(n, device=z.device)
-    else:
+    if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z)
+    ranks = join(group, strategy, scaling, "views", n)
+    ids = ranks.images(z[0]) if ids is None else ids
     z = normalized(z, compare_dtype(z)) if normalize else z.to(compare_dtype(z))
-    negatives = similarity_lse(z.flatten(0, 1), scale=scale, a_ids=ids.repeat(count)).view(count, n)
+    negatives = sharded.similarity_lse(ranks, z.flatten(0, 1), scale=scale, a_ids=ids.repeat(count))
+    negatives = negatives.view(count, n)
     wide = z.to(working_dtype(z))
     positives = {(v, w): (wide[v] * wide[w]).sum(1) for v in range(count) for w in range(v)}
     terms = [
@@ -212,23 +233,37 @@ def multiview_ntxent_loss(
         for w in range(count)
         if v != w
     ]
-    return reduced(torch.stack(terms).view(count, count - 1, n).mean(1), reduction)
+    return reduced(torch.stack(terms).view(count, count - 1, n).mean(1), reduction, ranks=ranks)
 
 
 class NTXentLoss(nn.Module):
     """`ntxent_loss` as a module; a temperature given as nn.Parameter is trained with the rest."""
 
     def __init__(
-        self, temperature: Tensor | float = 0.5, *, normalize: bool = True, reduction: str = "mean"
+        self,
+        temperature: Tensor | float = 0.5,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
         check_reduction(reduction)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
         return ntxent_loss(
-            z1, z2, self.temperature, normalize=self.normalize, ids=ids, reduction=self.reduction
+            z1,
+            z2,
+            self.temperature,
+            normalize=self.normalize,
+            ids=ids,
+            reduction=self.reduction,
+            **self.across,
         )
 
     def extra_repr(self) -> str:
@@ -247,6 +282,9 @@ class InfoNCELoss(nn.Module):
         label_smoothing: float = 0.0,
         margin: float = 0.0,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
@@ -255,6 +293,7 @@ class InfoNCELoss(nn.Module):
         check_reduction(reduction)
         self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
         self.label_smoothing, self.margin, self.reduction = label_smoothing, margin, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(
         self,
@@ -268,7 +307,7 @@ class InfoNCELoss(nn.Module):
         return info_nce_loss(
             query, key, negatives=negatives, temperature=self.temperature, normalize=self.normalize,
             symmetric=self.symmetric, ids=ids, weights=weights, label_smoothing=self.label_smoothing,
-            margin=self.margin, reduction=self.reduction,
+            margin=self.margin, reduction=self.reduction, **self.across,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -278,10 +317,10 @@ class InfoNCELoss(nn.Module):
         )
 
 
-def _extra_lse(q: Tensor, negatives: Tensor, scale: Tensor | float) -> Tensor:
+def _extra_lse(q: Tensor, negatives: Tensor, scale: Tensor | float, ranks: Ranks) -> Tensor:
     """Log-sum-exp over further negatives: [K, D] by the primitive, [N, H, D] directly in N H D."""
     if negatives.dim() == 2:
-        return similarity_lse(q, negatives, scale=scale)
+        return sharded.similarity_lse(ranks, q, negatives, scale=scale, lengths=ranks.others)
     work = working_dtype(q)
     logits = scale * (q.to(work)[:, None, :] * negatives.to(work)).sum(2)
     return logits.logsumexp(1) if logits.shape[1] else logits.sum(1) - torch.inf
@@ -299,9 +338,10 @@ def _mean_logit(
     own: Tensor,
     other: Tensor,
     positive: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     negatives: Tensor | None,
     scale: Tensor | float,
+    ranks: Ranks,
 ) -> Tensor:
     """Mean logit of each row of `own` over its positive and its negatives, through sums of rows per id.
 
@@ -309,12 +349,13 @@ def _mean_logit(
     """
     work = working_dtype(own)
     own, other = own.to(work), other.to(work)
-    same, size = sums_by_id(ids, other)
-    total = positive + scale * (own * (other.sum(0) - same)).sum(1)
-    count = 1 + len(ids) - size
+    same, size = (other, 1) if ids is None else sums_by_id(ids, other, ranks)
+    total = positive + scale * (own * (ranks.sum(other.sum(0)) - same)).sum(1)
+    count = 1 + ranks.count(len(own)) - size
     if negatives is not None:
         negatives = negatives.to(work)
-        summed = negatives.sum(0) if negatives.dim() == 2 else negatives.sum(1)
+        shared = negatives.dim() == 2
+        summed = ranks.sum(negatives.sum(0)) if shared else negatives.sum(1)
         total = total + scale * (own * summed).sum(1)
-        count = count + negatives.shape[-2]
+        count = count + (sum(ranks.others) if shared and ranks is not ALONE else negatives.shape[-2])
     return total / count

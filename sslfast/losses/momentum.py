@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.distributed import _sharded as sharded
+from sslfast.distributed._join import Group, across, collective, join
 from sslfast.losses._common import (
     check_reduction,
     check_sides,
@@ -42,6 +44,7 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") ->
     return reduced(2 - 2 * cosine, reduction)
 
 
+@collective
 def moco_loss(
     query: Tensor,
     key: Tensor,
@@ -50,6 +53,9 @@ def moco_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """MoCo's InfoNCE (He et al. 2020): query i against key i as its positive and a queue of older keys.
 
@@ -63,6 +69,9 @@ def moco_loss(
         normalize: compare by cosine (norms in float32), otherwise by dot product; with rows that are of unit
             length already, False saves a pass over the queue.
         reduction: "mean", "sum", or "none": [N].
+        group, scaling: processes over whose queries the sum or mean goes, as in `sslfast.distributed`; the
+            negatives are those of the queue, which `KeyQueue.enqueue` fills from all processes. Nothing else
+            travels, whatever the strategy.
 
     Returns:
         float32 (float64 for float64 input). With an empty queue the loss is 0.
@@ -74,15 +83,17 @@ def moco_loss(
     check_tensor("queue", queue, FLOATS, (None, query.shape[1]), query)
     scale = inverse_temperature("temperature", temperature, query)
     check_reduction(reduction)
+    ranks = join(group, strategy, scaling, "query", len(query))
     dtype = compare_dtype(query)
     z, positive = pair_rows(query, key.detach(), normalize, dtype)
     queue = queue.detach()
     negatives = similarity_lse(
         z[: len(query)], normalized(queue, dtype) if normalize else queue.to(dtype), scale=scale
     )
-    return reduced(softplus(minus(negatives, positive, scale)), reduction)
+    return reduced(softplus(minus(negatives, positive, scale)), reduction, ranks=ranks)
 
 
+@collective
 def nnclr_loss(
     nearest: Tensor,
     prediction: Tensor,
@@ -90,6 +101,9 @@ def nnclr_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """NNCLR's InfoNCE (Dwibedi et al. 2021): the nearest neighbour of image i's one view against predictions.
 
@@ -101,6 +115,7 @@ def nnclr_loss(
         temperature: number or 0-d tensor, of either sign, not 0.
         normalize: compare by cosine (norms in float32), otherwise by dot product.
         reduction: "mean", "sum", or "none": [N].
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). One image alone has loss 0; an empty batch a mean of NaN.
@@ -110,8 +125,9 @@ def nnclr_loss(
     """
     check_sides("nearest", nearest, "prediction", prediction)
     return info_nce_loss(
-        nearest, prediction, temperature=temperature, normalize=normalize, reduction=reduction
-    )
+        nearest, prediction, temperature=temperature, normalize=normalize, reduction=reduction, group=group,
+        strategy=strategy, scaling=scaling,
+    )  # fmt: skip
 
 
 class KeyQueue(nn.Module):
@@ -145,14 +161,19 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
+    @collective
+    def enqueue(self, keys: Tensor, *, group: Group = None) -> None:
         """Replaces the oldest keys by `keys` [B, D] floating; of more than K, the last K stay.
+
+        group: processes whose keys enter every one's queue, in order of their ranks.
 
         Raises:
             TypeError, ValueError: not such a tensor, or on another device; the message names it.
         """
         size, dim = self.keys.shape
         check_tensor("keys", keys, FLOATS, (None, dim), self.keys)
+        ranks = join(group, "gather", "sum", "keys", len(keys))
+        keys = sharded.gathered(ranks, keys)
         batch, kept = len(keys), keys[-size:]
         if self.normalize:
             kept = normalized(kept, self.keys.dtype)
@@ -200,17 +221,26 @@ class MoCoLoss(nn.Module):
     """`moco_loss` as a module; a temperature given as nn.Parameter is trained with the rest."""
 
     def __init__(
-        self, temperature: Tensor | float = 0.2, *, normalize: bool = True, reduction: str = "mean"
+        self,
+        temperature: Tensor | float = 0.2,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
         check_reduction(reduction)
         self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
         return moco_loss(
-            query, key, queue, self.temperature, normalize=self.normalize, reduction=self.reduction
-        )
+            query, key, queue, self.temperature, normalize=self.normalize, reduction=self.reduction,
+            **self.across,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"

@@ -12,12 +12,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed import _sharded as sharded
+from sslfast.distributed._join import Group, across, collective, join
+from sslfast.distributed._ranks import Ranks
 from sslfast.losses._common import check_reduction, check_share, check_sides, compare_dtype, reduced, softplus
-from sslfast.ops import similarity_lse
 from sslfast.ops._check import check_temperature, inverse_temperature, number
 from sslfast.ops.pair_rows import pair_rows
 
 
+@collective
 def dcl_loss(
     z1: Tensor,
     z2: Tensor,
@@ -26,6 +29,9 @@ def dcl_loss(
     weight_sigma: float | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """Decoupled contrastive loss (Yeh et al. 2022): NT-Xent without the positive in the denominator.
 
@@ -36,6 +42,7 @@ def dcl_loss(
             (DCLW), which has no gradient.
         normalize: compare by cosine (norms in float32), otherwise by dot product.
         reduction: "mean" over the 2B rows, "sum", or "none": [2B], the rows of z1 first.
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). Without negatives (B = 1) the log of an empty sum is left out and
@@ -49,14 +56,21 @@ def dcl_loss(
     if weight_sigma is not None:
         check_temperature("weight_sigma", number("weight_sigma", weight_sigma))
     check_reduction(reduction)
-    z, positive, ids = _rows(z1, z2, normalize)
-    attraction = scale * positive
+    ranks = join(group, strategy, scaling, "z1", len(z1))
+    z, positive, ids = _rows(z1, z2, normalize, ranks)
+    attraction, n = scale * positive, ranks.count(n)
     if weight_sigma is not None:
-        attraction = attraction * (2 - n * (positive.detach() / weight_sigma).softmax(0))
-    repulsion = similarity_lse(z, scale=scale, a_ids=ids) if n > 1 else torch.zeros_like(positive).repeat(2)
-    return reduced(repulsion - attraction.repeat(2), reduction)
+        similarity = positive.detach() / weight_sigma
+        every = ranks.every(similarity.logsumexp(0)).logsumexp(0)
+        attraction = attraction * (2 - n * (similarity - every).exp())
+    if n > 1:
+        repulsion = sharded.similarity_lse(ranks, z, scale=scale, a_ids=ids)
+    else:
+        repulsion = torch.zeros_like(positive).repeat(2)
+    return reduced(repulsion - attraction.repeat(2), reduction, ranks=ranks)
 
 
+@collective
 def hard_negative_ntxent_loss(
     z1: Tensor,
     z2: Tensor,
@@ -66,6 +80,9 @@ def hard_negative_ntxent_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """NT-Xent with hard negatives weighed up and false ones estimated away (Robinson et al. 2021, HCL).
 
@@ -77,6 +94,7 @@ def hard_negative_ntxent_loss(
             both give the debiased loss of Chuang et al. 2020 and NT-Xent.
         normalize: compare by cosine (norms in float32), otherwise by dot product.
         reduction: "mean" over the 2B rows, "sum", or "none": [2B], the rows of z1 first.
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). Without negatives (B = 1) the loss is 0; an empty batch has a
@@ -90,13 +108,15 @@ def hard_negative_ntxent_loss(
     number("beta", beta)
     check_share("tau_plus", tau_plus)
     check_reduction(reduction)
-    z, positive, ids = _rows(z1, z2, normalize)
-    positive = (scale * positive).repeat(2)
+    ranks = join(group, strategy, scaling, "z1", len(z1))
+    z, positive, ids = _rows(z1, z2, normalize, ranks)
+    positive, n = (scale * positive).repeat(2), ranks.count(n)
     if n < 2:
         return reduced(0 * positive, reduction)
     log_count = math.log(2 * n - 2)
-    log_mean = similarity_lse(z, scale=scale * (1 + beta), a_ids=ids)
-    log_mean = log_mean - (similarity_lse(z, scale=scale * beta, a_ids=ids) if beta else log_count)
+    log_mean = sharded.similarity_lse(ranks, z, scale=scale * (1 + beta), a_ids=ids)
+    log_total = sharded.similarity_lse(ranks, z, scale=scale * beta, a_ids=ids) if beta else log_count
+    log_mean = log_mean - log_total
     least = -scale.abs() if isinstance(scale, Tensor) else -abs(scale)
     if tau_plus:
         # log(R - tau_plus e^s_p) = log R + log(1 - e^u); no u so near 0 that a gradient would overflow
@@ -107,13 +127,13 @@ def hard_negative_ntxent_loss(
         log_mean = torch.where(~some | (debiased <= least), least, debiased)
     else:
         log_mean = torch.where(log_mean <= least, least, log_mean)
-    return reduced(softplus(log_count + log_mean - positive), reduction)
+    return reduced(softplus(log_count + log_mean - positive), reduction, ranks=ranks)
 
 
-def _rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(z1: Tensor, z2: Tensor, normalize: bool, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of both views [2B, D], products of the pairs [B], images of the rows [2B]."""
     z, positive = pair_rows(z1, z2, normalize, compare_dtype(z1))
-    return z, positive, torch.arange(len(z1), device=z.device).repeat(2)
+    return z, positive, ranks.images(z1).repeat(2)
 
 
 class DCLLoss(nn.Module):
@@ -126,6 +146,9 @@ class DCLLoss(nn.Module):
         weight_sigma: float | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
@@ -134,11 +157,12 @@ class DCLLoss(nn.Module):
         check_reduction(reduction)
         self.temperature, self.weight_sigma = temperature, weight_sigma
         self.normalize, self.reduction = normalize, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return dcl_loss(
             z1, z2, self.temperature, weight_sigma=self.weight_sigma, normalize=self.normalize,
-            reduction=self.reduction,
+            reduction=self.reduction, **self.across,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -159,6 +183,9 @@ class HardNegativeNTXentLoss(nn.Module):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
@@ -167,11 +194,12 @@ class HardNegativeNTXentLoss(nn.Module):
         check_reduction(reduction)
         self.temperature, self.beta, self.tau_plus = temperature, beta, tau_plus
         self.normalize, self.reduction = normalize, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return hard_negative_ntxent_loss(
             z1, z2, self.temperature, self.beta, self.tau_plus, normalize=self.normalize,
-            reduction=self.reduction,
+            reduction=self.reduction, **self.across,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -10,8 +10,10 @@ are those of the negatives and of the positives.
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed import _sharded as sharded
+from sslfast.distributed._join import Group, across, collective, join
+from sslfast.distributed._ranks import ALONE, Ranks
 from sslfast.losses._common import (
-    check_choice,
     check_reduction,
     compare_dtype,
     normalized,
@@ -19,9 +21,9 @@ from sslfast.losses._common import (
     softplus,
     sums_by_id,
 )
-from sslfast.ops import similarity_lse
 from sslfast.ops._check import (
     FLOATS,
+    check_choice,
     check_temperature,
     check_tensor,
     inverse_temperature,
@@ -32,6 +34,7 @@ from sslfast.ops._check import (
 FORMS = ("outside", "inside")
 
 
+@collective
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -41,6 +44,9 @@ def supcon_loss(
     normalize: bool = True,
     form: str = "outside",
     reduction: str = "mean",
+    group: Group = None,
+    strategy: str = "auto",
+    scaling: str = "ddp",
 ) -> Tensor:
     """Supervised contrastive loss, times temperature / base_temperature.
 
@@ -54,6 +60,7 @@ def supcon_loss(
             "inside": their sum is inside, as in solo-learn's SimCLR; L_in of the paper, which has the mean
             there, is larger by log |P(i)|.
         reduction: "mean" over all rows, "sum", or "none": [M] or [B, V].
+        group, strategy, scaling: processes whose rows are each other's negatives; see `sslfast.distributed`.
 
     Returns:
         float32 (float64 for float64 input). A row without positives has loss 0 and counts in the mean; so one
@@ -74,28 +81,35 @@ def supcon_loss(
     elif not viewed:
         raise ValueError("labels: expected a tensor for features of [M, D], got None")
 
+    ranks = join(group, strategy, scaling, "features", len(features))
     dtype = compare_dtype(features)
     z = normalized(features, dtype) if normalize else features.to(dtype)
-    pairs = labels is None and views == 2
-    labels = torch.arange(images, device=z.device) if labels is None else labels
+    alone = labels is None  # no other image is of an image's class
+    labels = ranks.images(features) if labels is None else labels
     z, labels = z.reshape(images * views, z.shape[-1]), labels.repeat_interleave(views)
-    terms = _outside(z, labels, scale, pairs) if form == "outside" else _inside(z, labels, scale)
-    return reduced(terms.view(features.shape[:-1]) / (scale * base_temperature), reduction)
+    if form == "inside":
+        terms = _inside(z, labels, scale, ranks)
+    else:
+        terms = _outside(z, labels, scale, alone and views == 2, ranks, ALONE if alone else ranks)
+    return reduced(terms.view(features.shape[:-1]) / (scale * base_temperature), reduction, ranks=ranks)
 
 
-def _outside(z: Tensor, labels: Tensor, scale: Tensor | float, pairs: bool) -> Tensor:
-    """pairs: every row has one positive; then the form of NT-Xent, see contrastive.py, keeps more digits."""
+def _outside(
+    z: Tensor, labels: Tensor, scale: Tensor | float, pairs: bool, ranks: Ranks, classes: Ranks
+) -> Tensor:
+    """pairs: every row has one positive; then the form of NT-Xent, see contrastive.py, keeps more digits.
+    classes: processes on which a row's positives are."""
     wide = z.to(working_dtype(z))
-    same, size = sums_by_id(labels, wide)
+    same, size = sums_by_id(labels, wide, classes)
     mean = (wide * (same - wide)).sum(1) / (size - 1).clamp(min=1)
     if pairs:
-        return softplus(similarity_lse(z, scale=scale, a_ids=labels) - scale * mean)
-    return torch.where(size > 1, similarity_lse(z, scale=scale) - scale * mean, 0.0)
+        return softplus(sharded.similarity_lse(ranks, z, scale=scale, a_ids=labels) - scale * mean)
+    return torch.where(size > 1, sharded.similarity_lse(ranks, z, scale=scale) - scale * mean, 0.0)
 
 
-def _inside(z: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
-    negatives = similarity_lse(z, scale=scale, a_ids=labels)
-    positives = similarity_lse(z, scale=scale, a_ids=labels, pairs="same")
+def _inside(z: Tensor, labels: Tensor, scale: Tensor | float, ranks: Ranks) -> Tensor:
+    negatives = sharded.similarity_lse(ranks, z, scale=scale, a_ids=labels)
+    positives = sharded.similarity_lse(ranks, z, scale=scale, a_ids=labels, pairs="same")
     alone = positives == -torch.inf
     return softplus(negatives - positives.masked_fill(alone, 0.0)).masked_fill(alone, 0.0)
 
@@ -111,6 +125,9 @@ class SupConLoss(nn.Module):
         normalize: bool = True,
         form: str = "outside",
         reduction: str = "mean",
+        group: Group = None,
+        strategy: str = "auto",
+        scaling: str = "ddp",
     ) -> None:
         super().__init__()
         check_temperature("temperature", temperature)
@@ -119,11 +136,12 @@ class SupConLoss(nn.Module):
         check_choice("form", form, FORMS)
         self.temperature, self.base_temperature, self.normalize = temperature, base_temperature, normalize
         self.form, self.reduction = form, reduction
+        self.across = across(group, strategy, scaling)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         return supcon_loss(
             features, labels, self.temperature, self.base_temperature, normalize=self.normalize,
-            form=self.form, reduction=self.reduction,
+            form=self.form, reduction=self.reduction, **self.across,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

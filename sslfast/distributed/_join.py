@@ -1,0 +1,171 @@
+"""How the processes of a call find each other: with the same arguments, or with the same error."""
+
+import functools
+import inspect
+import threading
+import weakref
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslfast.distributed._ranks import ALONE, Ranks, all_gather, world
+from sslfast.ops._check import check_choice, may_read
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STRATEGIES = ("auto", "gather", "ring")
+SCALINGS = ("ddp", "sum")
+GATHER_BYTES = 64 << 20  # of gathered features, up to which "auto" gathers
+
+Group = dist.ProcessGroup | Literal["world"] | None
+
+_thread = threading.local()
+_host_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def collective(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function of `group` that calls `join` once it has looked at its arguments.
+
+    `join` compares what was passed, and an error that one process raises before it is raised by all.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        group = options.get("group")
+        if group == "world":
+            options["group"] = group = world()
+        if not isinstance(group, dist.ProcessGroup) or dist.get_world_size(group) < 2:
+            return function(*args, **options)
+        _thread.joined = False
+        try:
+            _thread.call = function.__qualname__, signature.bind(*args, **options).arguments
+            return function(*args, **options)
+        except (TypeError, ValueError) as error:
+            if not _thread.joined:
+                _agree(group, (0, 0), {}, error)
+            raise
+        finally:
+            _thread.call = None
+
+    return call
+
+
+def across(group: Group, strategy: str, scaling: str) -> dict[str, Any]:
+    """These arguments of a loss as a module keeps them, checked."""
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("scaling", scaling, SCALINGS)
+    if not (group is None or group == "world" or isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group: expected a torch.distributed.ProcessGroup, 'world' or None, got {type(group).__name__}"
+        )
+    return {"group": group, "strategy": strategy, "scaling": scaling}
+
+
+def join(group: Group, strategy: str, scaling: str, name: str, rows: int, others: int = 0) -> Ranks:
+    """The processes of a call, once they have agreed that it is the same call.
+
+    Args:
+        group: None: this process alone.
+        name, rows: the argument whose rows, at least one, are this process's images, and how many they are.
+        others: rows of a second argument.
+
+    Raises:
+        TypeError, ValueError: on every process alike, where dtypes, dimensions but the first, whether
+            gradients are asked for, or options differ between processes, and where an argument whose numbers
+            may be read is not finite; the message names the argument and the process.
+    """
+    across(group, strategy, scaling)
+    return ALONE if group is None else _join(group, strategy, scaling, name, rows, others)
+
+
+@torch._disable_dynamo
+def _join(group, strategy, scaling, name, rows, others) -> Ranks:
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this process belongs to")
+    if dist.get_world_size(group) == 1:
+        return ALONE
+    function, arguments = _thread.call
+    given = {key: value for key, value in arguments.items() if key != "group"}
+    error: Exception | None = None
+    broken = [key for key, value in given.items() if not all(map(_finite, _tensors(value)))]
+    if broken:
+        error = ValueError(f"{broken[0]}: expected finite numbers, got some that are not")
+    elif not rows:
+        error = ValueError(f"{name}: expected at least one row on every process, got none")
+    described = {"function": function, **{key: _described(value) for key, value in given.items()}}
+    _thread.joined = True
+    counts = _agree(group, (rows, others), described, error)
+    size = sum(x.numel() * x.element_size() for x in _tensors(given[name])) // rows
+    gathered = sum(n for n, _ in counts) * size
+    ring = strategy == "ring" or (strategy == "auto" and gathered > GATHER_BYTES)
+    return Ranks(group, [n for n, _ in counts], [n for _, n in counts], ring, scaling)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in (value if isinstance(value, list | tuple) else (value,)) if isinstance(x, Tensor)]
+
+
+def _finite(x: Tensor) -> bool:
+    return not (x.is_floating_point() and may_read(x)) or bool(x.isfinite().all())
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_described, value))
+    if not isinstance(value, Tensor):
+        return str(value)
+    shape = ", ".join(["*", *map(str, value.shape[1:])][: value.dim()])
+    gradient = " with a gradient" if value.requires_grad and torch.is_grad_enabled() else ""
+    return f"{str(value.dtype).removeprefix('torch.')} [{shape}]{gradient}"
+
+
+def _agree(
+    group: dist.ProcessGroup, counts: tuple[int, int], described: dict[str, str], error: Exception | None
+) -> list[tuple[int, int]]:
+    """The counts of all processes, whose descriptions are the same. Host to host: no device is waited for.
+
+    Raises:
+        TypeError, ValueError: the error of the first process that has one, or what they differ in; on all.
+    """
+    host, size = _host_group(group), dist.get_world_size(group)
+    checksum = zlib.crc32(repr(sorted(described.items())).encode())
+    own = torch.tensor([error is not None, checksum, *counts])
+    every = own.new_empty(size * 4)
+    all_gather(every, own, group=host)
+    table = every.view(size, 4).tolist()
+    if not any(failed for failed, *_ in table) and len({check for _, check, *_ in table}) == 1:
+        return [(n, m) for _, _, n, m in table]
+    reports: list[Any] = [None] * size
+    kind = None if error is None else (TypeError if isinstance(error, TypeError) else ValueError, str(error))
+    dist.all_gather_object(reports, (kind, described), group=host)
+    names = dist.get_process_group_ranks(group)
+    for rank, (found, _) in zip(names, reports, strict=True):
+        if found is not None:
+            raise found[0](f"{found[1]} (on rank {rank})") from error
+    first = reports[0][1]
+    for rank, (_, other) in zip(names, reports, strict=True):
+        for key in (*first, *other):
+            if first.get(key) != other.get(key):
+                raise ValueError(
+                    f"{key}: expected the same on every process, got {first.get(key)} on rank {names[0]} and "
+                    f"{other.get(key)} on rank {rank}"
+                )
+    raise AssertionError("checksums differ, descriptions do not")
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group itself where it can send what is in the CPU's memory, otherwise one beside it that can."""
+    try:
+        group._get_backend(torch.device("cpu"))
+        return group
+    except RuntimeError:
+        if group not in _host_groups:
+            ranks = dist.get_process_group_ranks(group)
+            _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return _host_groups[group]

@@ -1,0 +1,181 @@
+"""What the tests of losses with a group run in each process."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import sslfast
+from sslfast.distributed import bytes_sent
+
+
+def pair(rank: int, rows: int = 3, dim: int = 4, **options: Any) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(rank)
+    return tuple(torch.randn(2, rows, dim, **options))  # type: ignore[return-value]
+
+
+def _ntxent(rank: int, *pair_args: Any, **options: Any) -> Tensor:
+    return sslfast.ntxent_loss(*pair(rank, *pair_args), group="world", **options)
+
+
+def _spoiled(rank: int, value: float) -> Tensor:
+    z1, z2 = pair(rank)
+    z2[1, 1] = value if rank == 1 else 0.0
+    return sslfast.ntxent_loss(z1, z2, group="world")
+
+
+def _frozen(rank: int) -> Tensor:
+    z1, z2 = pair(rank)
+    return sslfast.ntxent_loss(z1.requires_grad_(rank == 0), z2, group="world")
+
+
+def _uneven_views(rank: int) -> Tensor:
+    z1, z2 = pair(rank)
+    return sslfast.ntxent_loss(z1, z2[: 3 - (rank == 1)], group="world")
+
+
+def _enqueue(rank: int) -> None:
+    sslfast.KeyQueue(8, 4).enqueue(torch.randn(2, 4 + rank), group=dist.group.WORLD)
+
+
+def _dtypes(rank: int) -> Tensor:
+    return sslfast.ntxent_loss(*pair(rank, dtype=(torch.float32, torch.float64)[rank]), group="world")
+
+
+def _losses(rank: int) -> Tensor:
+    return (sslfast.dcl_loss if rank else sslfast.ntxent_loss)(*pair(rank), 0.1, group="world")
+
+
+def _scale(rank: int) -> Tensor:
+    return sslfast.clip_loss(*pair(rank), [1.0, "x"][rank], group="world")  # type: ignore[arg-type]
+
+
+def _mining(rank: int) -> Tensor:
+    labels = torch.arange(3)
+    return sslfast.triplet_margin_loss(pair(rank)[0], labels, mining="all", group="world", strategy="ring")
+
+
+def _differ(name: str, *values: Any) -> Callable:
+    return lambda rank: _ntxent(rank, **{name: values[rank]})
+
+
+MISTAKES: dict[str, tuple[Callable, type, str]] = {
+    "NaN": (partial(_spoiled, value=float("nan")), ValueError, r"z2: .*finite.*rank 1"),
+    "infinity": (partial(_spoiled, value=float("inf")), ValueError, r"z2: .*finite.*rank 1"),
+    "no rows": (lambda rank: _ntxent(rank, 3 * (rank == 0)), ValueError, r"z1: .*one row.*none.*rank 1"),
+    "dimensions": (
+        lambda rank: _ntxent(rank, 3, 4 + rank),
+        ValueError,
+        r"z1: .*, 4\].*rank 0.*, 5\].*rank 1",
+    ),
+    "views": (_uneven_views, ValueError, r"z2: expected shape \[3, 4\], got \[2, 4\] \(on rank 1\)"),
+    "dtypes": (_dtypes, ValueError, r"z1: .*float32 .*rank 0.*float64 .*rank 1"),
+    "type": (_scale, TypeError, r"logit_scale: .*str.*rank 1"),
+    "temperature": (_differ("temperature", 0.1, 1.1), ValueError, r"temperature: .*0\.1.*1\.1"),
+    "temperature of 0": (_differ("temperature", 1.0, 0.0), ValueError, r"temperature: .*rank 1"),
+    "reduction": (_differ("reduction", "mean", "sum"), ValueError, r"reduction: .*mean.*sum"),
+    "strategy": (_differ("strategy", "ring", "gather"), ValueError, r"strategy: .*ring.*gather"),
+    "strategy's name": (_differ("strategy", "star", "star"), ValueError, r"strategy: .*'star'"),
+    "scaling": (_differ("scaling", "mean", "mean"), ValueError, r"scaling: .*'mean'"),
+    "ids": (_differ("ids", torch.arange(3), None), ValueError, r"ids: .*int64.*None"),
+    "gradients": (_frozen, ValueError, r"z1: .*with a gradient on rank 0"),
+    "losses": (_losses, ValueError, r"function: .*ntxent_loss.*dcl_loss"),
+    "mining": (_mining, ValueError, r"strategy: .*mining='all'"),
+    "keys": (_enqueue, ValueError, r"keys: .*4.*5.*rank 1"),
+    "argument": (lambda rank: _ntxent(rank, **{"no": 1} if rank else {}), TypeError, r"'no'.*rank 1"),
+}
+
+
+def mistakes(rank: int) -> dict[str, tuple[type, str] | Tensor]:
+    """Of each mistake what was raised here; after all of them the loss of a call without one."""
+    found: dict[str, tuple[type, str] | Tensor] = {}
+    for name, (call, _, _) in MISTAKES.items():
+        try:
+            call(rank)
+            found[name] = (type(None), "nothing was raised")
+        except Exception as error:
+            found[name] = (type(error), str(error))
+    found["none"] = _ntxent(rank)
+    return found
+
+
+class Contrast(nn.Module):
+    """Two towers, and a loss with a scale and a bias that are trained."""
+
+    def __init__(self, loss: Callable) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.towers = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)])
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-2.0))
+        self.loss = loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        z1, z2 = (tower(x) for tower in self.towers)
+        return self.loss(z1, z2, self.log_scale.exp(), self.bias)
+
+
+def data_parallel(rank: int, sizes: list[int], strategy: str) -> list[tuple[Tensor, list[Tensor]]]:
+    """(value, gradients of all parameters) of CLIP's and SigLIP's loss under DistributedDataParallel."""
+    x = batch(sum(sizes)).split(sizes)[rank]
+    found = []
+    for loss in (sslfast.clip_loss, sslfast.siglip_loss):
+        model = DistributedDataParallel(Contrast(partial(loss, group="world", strategy=strategy)).double())
+        value = model(x)
+        value.backward()
+        found.append((value.detach(), [p.grad for p in model.parameters()]))
+    return found
+
+
+def batch(rows: int) -> Tensor:
+    return torch.randn(rows, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def queues(rank: int, sizes: list[int]) -> list[Tensor]:
+    """The queue after keys of all processes, of uneven rows, have entered three times."""
+    torch.manual_seed(7)
+    queue, found = sslfast.KeyQueue(10, 5), []
+    for k in range(3):
+        queue.enqueue((batch(sum(sizes)) + k).split(sizes)[rank], group="world")
+        found.append(queue.keys.clone())
+    return found
+
+
+def three(rank: int, sizes: list[int]) -> dict[str, list]:
+    strategies = {name: data_parallel(rank, sizes, name) for name in ("gather", "ring")}
+    return {**strategies, "queues": queues(rank, sizes)}
+
+
+def costs(rank: int, rows: int, dim: int, strategies: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:
+    return {strategy: _cost(rank, rows, dim, strategy) for strategy in strategies}
+
+
+def _cost(rank: int, rows: int, dim: int, strategy: str) -> tuple[int, int, int]:
+    """(bytes by which NT-Xent, forward and backward, raises the peak of resident memory, bytes it sent in the
+    forward pass, in both)"""
+    torch.manual_seed(rank)
+    z1, z2 = (torch.randn(rows, dim).requires_grad_() for _ in range(2))
+
+    def step() -> tuple[int, int]:
+        before = bytes_sent()
+        loss = sslfast.ntxent_loss(z1, z2, group="world", strategy=strategy)
+        between = bytes_sent()
+        loss.backward()
+        z1.grad = z2.grad = None
+        return between - before, bytes_sent() - before
+
+    step()  # what is allocated once
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    sent = step()
+    return _status("VmHWM") - before, *sent
+
+
+def _status(name: str) -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
+    return int(line.split()[1]) << 10

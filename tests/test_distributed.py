@@ -1,0 +1,101 @@
+"""What processes of one loss do together: agree, fail alike, and spare memory and bytes."""
+
+import re
+from functools import partial
+
+import distributed_workers as workers
+import processes
+import pytest
+import torch
+from torch import nn
+
+import sslfast
+
+
+def test_a_mistake_of_one_process_is_the_same_clear_error_on_all(tmp_path) -> None:
+    found = processes.run(workers.mistakes, 2, tmp_path / "mistakes")
+    for name, (_, kind, pattern) in workers.MISTAKES.items():
+        assert found[0][name] == found[1][name], name
+        got, message = found[0][name]
+        assert got is kind and re.search(pattern, message), (name, got, message)
+    assert found[0]["none"].isfinite() and found[0]["none"] == found[1]["none"]
+
+
+SIZES = [4, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def three_processes(tmp_path_factory) -> list[dict]:
+    return processes.run(partial(workers.three, sizes=SIZES), 3, tmp_path_factory.mktemp("three") / "store")
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_data_parallel_gradients_are_those_of_one_process(strategy: str, three_processes: list[dict]) -> None:
+    for k, loss in enumerate((sslfast.clip_loss, sslfast.siglip_loss)):
+        model = workers.Contrast(loss).double()
+        value = model(workers.batch(sum(SIZES)))
+        value.backward()
+        for found in three_processes:
+            got, gradients = found[strategy][k]
+            torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=1e-12)
+            for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
+                torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-12, msg=f"{loss.__name__} {name}")
+
+
+def test_keys_of_all_processes_enter_every_queue(three_processes: list[dict]) -> None:
+    torch.manual_seed(7)
+    queue = sslfast.KeyQueue(10, 5)
+    for k in range(3):
+        queue.enqueue(workers.batch(sum(SIZES)) + k)
+        for found in three_processes:
+            torch.testing.assert_close(found["queues"][k], queue.keys, rtol=0, atol=0)
+
+
+def test_a_ring_needs_as_much_memory_with_four_processes_as_with_two(tmp_path, monkeypatch) -> None:
+    """And sends what the formula of sslfast.distributed says. A gather needs more with each process."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # memory that is given back is given back at once
+    rows, dim = 64, 1 << 15  # 16 MiB in two views
+    strategies = ("ring", "gather")
+    peaks: dict[str, dict[int, int]] = {name: {} for name in strategies}
+    for size in (2, 4):
+        worker = partial(workers.costs, rows=rows, dim=dim, strategies=strategies)
+        found = processes.run(worker, size, tmp_path / str(size))
+        for name in strategies:
+            peaks[name][size] = max(costs[name][0] for costs in found)
+        around, scalar = (size - 1) * 2 * rows, 4 * 2 * (size - 1) // size
+        forward = around * (4 * dim + 8) + scalar
+        backward = around * (4 * dim + 8 + 4 + 4)
+        assert {costs["ring"][1:] for costs in found} == {(forward, forward + backward)}
+    print({name: {size: f"{x >> 20} MiB" for size, x in of.items()} for name, of in peaks.items()})
+    assert peaks["ring"][4] < 1.15 * peaks["ring"][2]
+    assert peaks["gather"][4] > 1.4 * peaks["gather"][2]  # so it can be seen
+
+
+def test_a_group_is_checked_where_there_is_none() -> None:
+    z = torch.randn(3, 4)
+    with pytest.raises(TypeError, match=r"group: .*'world' or None, got int"):
+        sslfast.ntxent_loss(z, z, group=3)
+    with pytest.raises(ValueError, match="strategy: expected one of auto, gather, ring, got 'star'"):
+        sslfast.ntxent_loss(z, z, strategy="star")
+    with pytest.raises(ValueError, match="scaling: expected one of ddp, sum, got 'mean'"):
+        sslfast.clip_loss(z, z, 1.0, scaling="mean")
+    assert torch.equal(sslfast.ntxent_loss(z, z, group="world"), sslfast.ntxent_loss(z, z))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        sslfast.NTXentLoss, sslfast.InfoNCELoss, sslfast.CLIPLoss, sslfast.SigLIPLoss, sslfast.SupConLoss,
+        sslfast.DCLLoss, sslfast.HardNegativeNTXentLoss, sslfast.MoCoLoss, sslfast.KoLeoLoss,
+    ],
+)  # fmt: skip
+def test_modules_take_a_group(module: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="strategy: "):
+        module(strategy="star")
+    with pytest.raises(ValueError, match="scaling: "):
+        module(scaling="")
+    with pytest.raises(TypeError, match="group: "):
+        module(group=1)
+    assert module(group="world", strategy="ring").across == {
+        "group": "world", "strategy": "ring", "scaling": "ddp"
+    }  # fmt: skip
