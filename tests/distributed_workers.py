@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import distributed_cases as cases
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -145,9 +146,68 @@ def queues(rank: int, sizes: list[int]) -> list[Tensor]:
     return found
 
 
-def three(rank: int, sizes: list[int]) -> dict[str, list]:
-    strategies = {name: data_parallel(rank, sizes, name) for name in ("gather", "ring")}
-    return {**strategies, "queues": queues(rank, sizes)}
+SERVED = ("ntxent", "clip", "siglip_ids", "supcon_labels", "supcon_inside", "info_nce_smooth_ids")
+
+
+def by_backend(rank: int, sizes: list[int], backend: str, dtype: torch.dtype) -> dict[str, tuple]:
+    """What `distributed_cases.evaluate` finds with another backend, in a ring."""
+    found = {}
+    for name in SERVED:
+        rows, whole = cases.inputs(name, sizes, dtype)
+        own = cases.own_rows(name, rows, sizes, rank)
+        with sslfast.use_backend(backend):
+            found[name] = cases.evaluate(name, own, whole, group=dist.group.WORLD, strategy="ring")
+    return found
+
+
+def low_precision(rank: int, sizes: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(loss, gradient to this process's rows) of bfloat16 rows, and of float32 ones under autocast."""
+    found = {}
+    for strategy in ("gather", "ring"):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = wide_rows(sizes, dtype).split(sizes)[rank].clone().requires_grad_()
+            found[f"{strategy} {dtype}"] = low_precision_loss(x, group="world", strategy=strategy), x.grad
+    return found
+
+
+def wide_rows(sizes: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(sum(sizes), 2, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def low_precision_loss(x: Tensor, **across: Any) -> Tensor:
+    """NT-Xent and InfoNCE of rows [n, 2, D], after their backward pass."""
+    z1, z2 = x.unbind(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+        loss = sslfast.ntxent_loss(z1, z2, **across) + sslfast.info_nce_loss(z1, z2, **across)
+    loss.backward()
+    return loss.detach()
+
+
+def compiled(rank: int, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    x = wide_rows(sizes, torch.float32).split(sizes)[rank].clone().requires_grad_()
+    loss = torch.compile(sslfast.ntxent_loss, backend="eager")
+    value = loss(*(2 * x).unbind(1), group=dist.group.WORLD)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def own_loss(rank: int, sizes: list[int]) -> Tensor:
+    """The gradient to this process's rows of |sum of all rows|^2, of which each process has a part."""
+    x = batch(sum(sizes)).split(sizes)[rank].clone().requires_grad_()
+    everything = sslfast.distributed.gather(x)
+    (everything.sum(0).square().sum() / len(sizes)).backward()
+    return x.grad
+
+
+def three(rank: int, sizes: list[int]) -> dict[str, Any]:
+    return {
+        **{name: data_parallel(rank, sizes, name) for name in ("gather", "ring")},
+        "queues": queues(rank, sizes),
+        "reference": by_backend(rank, sizes, "reference", torch.float64),
+        "low": low_precision(rank, sizes),
+        "compiled": compiled(rank, sizes),
+        "own": own_loss(rank, sizes),
+    }
 
 
 def costs(rank: int, rows: int, dim: int, strategies: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import distributed_cases as cases
 import distributed_workers as workers
 import processes
 import pytest
@@ -49,6 +50,67 @@ def test_keys_of_all_processes_enter_every_queue(three_processes: list[dict]) ->
         queue.enqueue(workers.batch(sum(SIZES)) + k)
         for found in three_processes:
             torch.testing.assert_close(found["queues"][k], queue.keys, rtol=0, atol=0)
+
+
+def test_plain_pytorch_serves_a_group_too(three_processes: list[dict]) -> None:
+    _assert_served([found["reference"] for found in three_processes], torch.float64, 1e-10)
+
+
+@pytest.mark.interpreted
+def test_triton_serves_a_group(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    worker = partial(workers.by_backend, sizes=[5, 2], backend="triton", dtype=torch.float32)
+    _assert_served(processes.run(worker, 2, tmp_path / "triton"), torch.float32, 4e-6)
+
+
+def _assert_served(found: list[dict], dtype: torch.dtype, limit: float) -> None:
+    sizes = SIZES if len(found) == 3 else [5, 2]
+    for name in workers.SERVED:
+        rows, whole = cases.inputs(name, sizes, dtype)
+        loss, to_rows, to_whole = cases.evaluate(name, rows, whole)
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[name][0], loss, rtol=limit, atol=limit)
+        for key, expected in to_rows.items():
+            got = torch.cat([of_rank[name][1][key] for of_rank in found]) / len(found)
+            torch.testing.assert_close(got, expected, rtol=limit, atol=limit, msg=f"{name} {key}")
+        for key, expected in to_whole.items():
+            got = sum(of_rank[name][2][key] for of_rank in found) / len(found)
+            torch.testing.assert_close(got, expected, rtol=limit, atol=limit, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_low_precision(strategy: str, dtype: torch.dtype, three_processes: list[dict]) -> None:
+    """No further from float64 than twice one process's bfloat16, as everywhere."""
+    x, exact = (workers.wide_rows(SIZES, dtype).to(kind).requires_grad_() for kind in (dtype, torch.float64))
+    loss, truth = workers.low_precision_loss(x), workers.low_precision_loss(exact)
+    found = [of_rank["low"][f"{strategy} {dtype}"] for of_rank in three_processes]
+    gradient = torch.cat([g for _, g in found]).double() / 3
+    assert x.grad is not None and exact.grad is not None and found[0][1].dtype == dtype
+    for value, _ in found:
+        assert (value - truth).abs() <= 2 * (loss - truth).abs() + 1e-5
+    floor = 2**-9 * exact.grad.abs().max()
+    assert (gradient - exact.grad).abs().max() <= 2 * (x.grad - exact.grad).abs().max() + floor
+    assert torch.cosine_similarity(gradient.flatten(), exact.grad.flatten(), 0) > 0.9999
+
+
+def test_compiled(three_processes: list[dict]) -> None:
+    """With a group torch.compile leaves the exchange to eager mode."""
+    x = workers.wide_rows(SIZES, torch.float32).requires_grad_()
+    loss = sslfast.ntxent_loss(*(2 * x).unbind(1))
+    loss.backward()
+    for found in three_processes:
+        torch.testing.assert_close(found["compiled"][0], loss.detach())
+    torch.testing.assert_close(torch.cat([found["compiled"][1] for found in three_processes]) / 3, x.grad)
+
+
+def test_gathered_rows_have_the_gradients_of_all_processes(three_processes: list[dict]) -> None:
+    x = workers.batch(sum(SIZES)).requires_grad_()
+    x.sum(0).square().sum().backward()
+    torch.testing.assert_close(torch.cat([found["own"] for found in three_processes]), x.grad)
+    assert torch.equal(sslfast.distributed.gather(x), x)  # alone
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        sslfast.distributed.gather(3)
 
 
 def test_a_ring_needs_as_much_memory_with_four_processes_as_with_two(tmp_path, monkeypatch) -> None:

@@ -34,10 +34,11 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
     `join` compares what was passed, and an error that one process raises before it is raised by all.
     """
     signature = inspect.signature(function)
+    default = signature.parameters["group"].default
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        group = options.get("group")
+        group = options.get("group", default)
         if group == "world":
             options["group"] = group = world()
         if not isinstance(group, dist.ProcessGroup) or dist.get_world_size(group) < 2:
