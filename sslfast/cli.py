@@ -1,11 +1,19 @@
 """The `sslfast` command."""
 
+import io
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 NEEDS_TRAIN = {"tyro", "rich", "matplotlib", "PIL", "safetensors", "kornia", "mlxtend", "sklearn", "skimage"}
+
+PATIENCE = 5.0
+"""Seconds in which the first process says what is wrong, before torchrun ends it as another has ended."""
 
 
 def doctor() -> None:
@@ -24,27 +32,59 @@ def _tune() -> Callable:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. An error in what the user gave is said on stderr with the option's name: exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if status := _status(lambda: _run(argv), _say):
+        sys.exit(status)
+
+
+def _status(run: Callable, say: Callable[[BaseException, str], None]) -> int:
+    """Runs it, and returns its exit status; an error that a user can do something about is said."""
     try:
-        if argv == ["doctor"]:  # needs nothing but the library
-            return doctor()
-        if argv == ["tune"]:
-            return _tune()()
-        _parse_and_run(argv)
+        run()
+        return 0
     except ModuleNotFoundError as error:
         if error.name not in NEEDS_TRAIN:
             raise
-        sys.exit(
-            f"sslfast: {error.name} is missing; install the training extra: pip install 'sslfast[train]'"
-        )
+        say(error, f"{error.name} is missing; install the training extra: pip install 'sslfast[train]'")
+        return 1
     except ValueError as error:
-        print(f"sslfast: {error}", file=sys.stderr)
-        sys.exit(2)
+        say(error, str(error))
+        return 2
     except (FloatingPointError, OSError) as error:
-        print(f"sslfast: {error}", file=sys.stderr)
-        sys.exit(1)
+        say(error, str(error))
+        return 1
     except KeyboardInterrupt as stop:
-        print(f"sslfast: {stop or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        say(stop, str(stop) or "interrupted")
+        return 130
+
+
+def _say(error: BaseException, text: str) -> None:
+    if _speaks() or isinstance(error, ConnectionError):
+        print(f"sslfast: {text}", file=sys.stderr)
+    else:
+        time.sleep(PATIENCE)
+
+
+def _speaks() -> bool:
+    """Of the processes that torchrun starts on a machine, all with the same arguments, the first one."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except SystemExit as stop:
+            time.sleep(PATIENCE if stop.code else 0)
+            raise
+
+
+def _run(argv: list[str]) -> None:
+    if argv == ["doctor"]:  # needs nothing but the library
+        return doctor()
+    if argv == ["tune"]:
+        return _tune()()
+    _parse_and_run(argv)
 
 
 def _parse_and_run(argv: list[str]) -> None:
@@ -56,8 +96,9 @@ def _parse_and_run(argv: list[str]) -> None:
     for name in known.NAMES:
         methods.command(name=name)(_trainer(name, known.module(name).Config, argv))
     if argv[:1] == ["train"]:
-        methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
-        return
+        with nullcontext() if _speaks() else _silence():
+            run = methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
+        return run()
     commands: dict[str, Callable] = {
         "train": _list_methods,
         "eval": _evaluator(),
@@ -70,10 +111,8 @@ def _parse_and_run(argv: list[str]) -> None:
 def _trainer(method: str, config_type: type, argv: list[str]) -> Callable:
     import tyro
 
-    def train(config) -> None:
-        from sslfast.train import loop
-
-        loop.train(method, config)
+    def train(config) -> Callable:
+        return partial(_train, method, config)
 
     without_prefix: Any = tyro.conf.OmitArgPrefixes
     train.__annotations__["config"] = without_prefix[config_type]
@@ -81,6 +120,17 @@ def _trainer(method: str, config_type: type, argv: list[str]) -> Callable:
     if argv[1:2] == [method]:
         train.__defaults__ = _resumed(method, argv)
     return train
+
+
+def _train(method: str, config) -> None:
+    from sslfast.train import loop, processes
+
+    with processes.group(config.timeout_minutes):
+        if status := _status(lambda: loop.train(method, config), processes.say):
+            if processes.processes() > 1:  # what is left to do may wait for one that is gone
+                sys.stdout.flush()
+                os._exit(status)
+            sys.exit(status)
 
 
 def _resumed(method: str, argv: list[str]) -> tuple | None:
@@ -96,7 +146,12 @@ def _resumed(method: str, argv: list[str]) -> tuple | None:
     given, _ = scan.parse_known_args(argv)
     if not (given.resume and given.out and (given.out / "config.json").exists()):
         return None
-    theirs, options = config.load(given.out)
+    try:
+        theirs, options = config.load(given.out)
+    except ValueError:
+        if os.environ.get("RANK", "0") == "0":  # whose config is that of all
+            raise
+        return None
     if theirs != method:
         raise ValueError(f"resume: the run in {given.out} is of {theirs}, got {method}")
     return (dataclasses.replace(options, resume=True),)

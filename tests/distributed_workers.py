@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import sslfast
-from sslfast.distributed import bytes_sent
+from sslfast.distributed import NonFiniteError, bytes_sent
 
 
 def pair(rank: int, rows: int = 3, dim: int = 4, **options: Any) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,8 @@ def _differ(name: str, *values: Any) -> Callable:
 
 
 MISTAKES: dict[str, tuple[Callable, type, str]] = {
-    "NaN": (partial(_spoiled, value=float("nan")), ValueError, r"z2: .*finite.*rank 1"),
-    "infinity": (partial(_spoiled, value=float("inf")), ValueError, r"z2: .*finite.*rank 1"),
+    "NaN": (partial(_spoiled, value=float("nan")), NonFiniteError, r"z2: .*finite.*rank 1"),
+    "infinity": (partial(_spoiled, value=float("inf")), NonFiniteError, r"z2: .*finite.*rank 1"),
     "no rows": (lambda rank: _ntxent(rank, 3 * (rank == 0)), ValueError, r"z1: .*one row.*none.*rank 1"),
     "dimensions": (
         lambda rank: _ntxent(rank, 3, 4 + rank),
@@ -199,6 +199,13 @@ def own_loss(rank: int, sizes: list[int]) -> Tensor:
     return x.grad
 
 
+def centres(rank: int, sizes: list[int]) -> list[Tensor]:
+    """DINO's centre and Sinkhorn's, of the rows of all processes."""
+    rows = batch(sum(sizes)).split(sizes)[rank]
+    center = sslfast.update_center_(torch.zeros(5, dtype=torch.float64), rows, 0.7)
+    return [center, sslfast.sinkhorn_center(rows, 0.3)]
+
+
 def three(rank: int, sizes: list[int]) -> dict[str, Any]:
     return {
         **{name: data_parallel(rank, sizes, name) for name in ("gather", "ring")},
@@ -206,6 +213,7 @@ def three(rank: int, sizes: list[int]) -> dict[str, Any]:
         "reference": by_backend(rank, sizes, "reference", torch.float64),
         "low": low_precision(rank, sizes),
         "compiled": compiled(rank, sizes),
+        "centres": centres(rank, sizes),
         "own": own_loss(rank, sizes),
     }
 

@@ -52,6 +52,12 @@ def test_keys_of_all_processes_enter_every_queue(three_processes: list[dict]) ->
             torch.testing.assert_close(found["queues"][k], queue.keys, rtol=0, atol=0)
 
 
+def test_centres_are_of_the_rows_of_all_processes(three_processes: list[dict]) -> None:
+    expected = workers.centres(0, [sum(SIZES)])
+    for found in three_processes:
+        torch.testing.assert_close(found["centres"], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_plain_pytorch_serves_a_group_too(three_processes: list[dict]) -> None:
     _assert_served([found["reference"] for found in three_processes], torch.float64, 1e-10)
 

@@ -7,7 +7,9 @@ runs; or a process group. Then rows of all its processes are each other's negati
     gradient of the single-process loss on the concatenated batch, and the returned value, the same on every
     process, is that loss.
 
-Processes may have different numbers of rows, at least one each. Each of them has to make the same calls.
+Processes may have different numbers of rows, at least one each, and have to make the same calls. Ids and
+labels are compared over all of them, and further negatives [K, D], any number on each, are those of all
+queries; a queue of keys is taken to be the same on all, as `KeyQueue.enqueue` with a group keeps it.
 
 scaling: "ddp" for gradients that DistributedDataParallel averages over the group's processes: a process's
 are its part of the whole gradient times their number. "sum" for who adds them up: without that factor. With
@@ -29,16 +31,16 @@ for float64), beside scalars and the 32 bytes in which the processes agree on a 
 
 Before a call its arguments are compared, from host to host, without waiting for a device. What one process
 alone finds wrong, be it a type, a dimension or an option that differs, no rows, or (on a CPU, or with
-SSLFAST_CHECK=1) a number that is not finite, is the same error on all of them.
+SSLFAST_CHECK=1) a number that is not finite (NonFiniteError, a ValueError), is the same error on all of them.
 """
 
 from torch import Tensor
 
 from sslfast.distributed import _sharded
-from sslfast.distributed._join import Group, collective, join
+from sslfast.distributed._join import Group, NonFiniteError, collective, join
 from sslfast.distributed._ranks import bytes_sent, world
 
-__all__ = ["bytes_sent", "gather", "world"]
+__all__ = ["NonFiniteError", "bytes_sent", "gather", "world"]
 
 
 @collective

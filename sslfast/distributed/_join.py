@@ -25,6 +25,13 @@ GATHER_BYTES = 64 << 20  # of gathered features, up to which "auto" gathers
 Group = dist.ProcessGroup | Literal["world"] | None
 
 _thread = threading.local()
+
+
+class NonFiniteError(ValueError):
+    """A process brought NaN or infinity into a loss of all."""
+
+
+KINDS = (NonFiniteError, TypeError, ValueError)
 _host_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -96,7 +103,7 @@ def _join(group, strategy, scaling, name, rows, others) -> Ranks:
     error: Exception | None = None
     broken = [key for key, value in given.items() if not all(map(_finite, _tensors(value)))]
     if broken:
-        error = ValueError(f"{broken[0]}: expected finite numbers, got some that are not")
+        error = NonFiniteError(f"{broken[0]}: expected finite numbers, got some that are not")
     elif not rows:
         error = ValueError(f"{name}: expected at least one row on every process, got none")
     described = {"function": function, **{key: _described(value) for key, value in given.items()}}
@@ -143,14 +150,14 @@ def _agree(
     if not any(failed for failed, *_ in table) and len({check for _, check, *_ in table}) == 1:
         return [(n, m) for _, _, n, m in table]
     reports: list[Any] = [None] * size
-    kind = None if error is None else (TypeError if isinstance(error, TypeError) else ValueError, str(error))
-    dist.all_gather_object(reports, (kind, described), group=host)
+    kind = next((k for k in KINDS if isinstance(error, k)), None)
+    dist.all_gather_object(reports, (kind, str(error), described), group=host)
     names = dist.get_process_group_ranks(group)
-    for rank, (found, _) in zip(names, reports, strict=True):
-        if found is not None:
-            raise found[0](f"{found[1]} (on rank {rank})") from error
-    first = reports[0][1]
-    for rank, (_, other) in zip(names, reports, strict=True):
+    for rank, (kind, message, _) in zip(names, reports, strict=True):
+        if kind is not None:
+            raise kind(f"{message} (on rank {rank})") from error
+    first = reports[0][2]
+    for rank, (*_, other) in zip(names, reports, strict=True):
         for key in (*first, *other):
             if first.get(key) != other.get(key):
                 raise ValueError(

@@ -20,7 +20,7 @@ from sslfast.interop._rows import (
     wide,
 )
 from sslfast.losses import clip_loss, siglip_loss
-from sslfast.ops import similarity_bce, similarity_lse
+from sslfast.ops import similarity_lse
 
 PACKAGE = "open_clip"
 NEEDS = "open_clip_torch>=3.3"
@@ -149,7 +149,7 @@ class SigLipLoss(nn.Module):
         rank, world_size: of the process group: images of this process meet the texts of all, whose gradients
             go back to them.
         dist_impl: "bidir" (the default), "shift", "reduce" or "gather", how open_clip exchanges texts. All
-            give the same numbers; here all of them gather, [world_size B, D].
+            give the same numbers; here the first two are a ring, and the others gather, [world_size B, D].
         chunk_size: newer versions' way to spare memory; nothing to spare here.
 
     Raises:
@@ -211,11 +211,11 @@ class SigLipLoss(nn.Module):
             return {"contrastive_loss": loss} if output_dict else loss
         scale, bias = _scalar(logit_scale), _scalar(0.0 if logit_bias is None else logit_bias)
         if self.world_size > 1:
-            texts = gathered(text_features)
-            own = positions(image_features, self.rank * len(image_features))
-            loss = similarity_bce(
-                image_features, texts, scale=scale, bias=bias, a_ids=own, b_ids=positions(texts), total=True
-            ) / len(image_features)
+            strategy = "ring" if self.dist_impl in ("bidir", "shift") else "gather"
+            terms = siglip_loss(
+                image_features, text_features, scale, bias, reduction="none", group="world", strategy=strategy
+            )
+            loss = terms.sum() / len(image_features)
         else:
             loss = siglip_loss(image_features, text_features, scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -23,7 +23,7 @@ FORMAT = "sslfast checkpoint 1"
 def save(path: Path, state: dict) -> None:
     """Writes dicts, lists, tuples, tensors, numbers, strings, booleans and None, nested in any way."""
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, tensors))
+    tree = json.dumps(pack(state, tensors))
     checksum = zlib.crc32(tree.encode())
     for tensor in tensors.values():
         checksum = zlib.crc32(_bytes(tensor), checksum)
@@ -49,7 +49,7 @@ def load(path: Path) -> dict:
             checksum = zlib.crc32(_bytes(tensors[str(i)]), checksum)
         if header["crc32"] != str(checksum):
             raise ValueError(f"resume: {path} is damaged: its checksum is not that of its contents")
-        return _unpack(json.loads(header["tree"]), tensors)
+        return unpack(json.loads(header["tree"]), tensors)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"resume: {path} is not a whole checkpoint: {error}") from error
 
@@ -104,31 +104,39 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is one
 
 
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """JSON for `value`; what JSON lacks becomes a list that begins with its kind."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = on_cpu(value)
         return ["tensor", name]
     if isinstance(value, dict):
-        return ["dict", [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]]
+        return ["dict", [[pack(k, tensors), pack(v, tensors)] for k, v in value.items()]]
     if isinstance(value, list | tuple):
-        return [type(value).__name__, [_pack(v, tensors) for v in value]]
+        return [type(value).__name__, [pack(v, tensors) for v in value]]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"state: expected tensors, containers, numbers and strings, got {type(value).__name__}")
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, list):
         return value
     kind, content = value
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
-    items = [_unpack(v, tensors) for v in content]
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in content}
+    items = [unpack(v, tensors) for v in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def reseed(seed: int, process: int, step: int) -> None:
+    """All global generators, from these three numbers alone."""
+    drawn = int(np.random.default_rng((seed, process, step)).integers(1 << 63))
+    torch.manual_seed(drawn)
+    np.random.seed(drawn % (1 << 32))
+    random.seed(drawn)
 
 
 def random_state(device: torch.device) -> dict:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from sslfast.train.checkpoint import write_text
+from sslfast.train.processes import on_machine
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TrainConfig:
     optional), npz:PATH, torchvision:NAME or huggingface:NAME."""
     epochs: int = 20
     batch_size: int = 256
-    """Images of one loss."""
+    """Images of one loss, of all processes together."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one update; each is a loss with its own negatives."""
     seed: int = 0
@@ -61,13 +62,18 @@ class TrainConfig:
     compile: bool = False
     """Compile the method's forward pass with torch.compile."""
     device: str = "auto"
-    """auto: a GPU if there is one, otherwise the CPU."""
+    """auto: a GPU if there is one, otherwise the CPU. Each process of torchrun takes one of its own."""
     workers: int = min(8, os.cpu_count() or 1)
-    """Processes that decode images, for data that does not fit into memory (4 GiB of pixels)."""
+    """Processes that decode images, for each one that trains and data that does not fit into memory (4 GiB of
+    pixels)."""
     knn_every: int = 0
     """Epochs between two measurements of kNN accuracy; 0: only after training."""
     checkpoint_minutes: float = 10.0
     """A checkpoint is written after every epoch, and within one when the last is older than this."""
+    sync_batchnorm: bool = True
+    """BatchNorm over the batch of all processes that torchrun starts."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for another before it gives up."""
     resume: bool = False
     """Go on with the run in the same folder; options that are not given are the run's."""
     overwrite: bool = False
@@ -87,6 +93,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number that is not negative, got {value}")
+        self.check_positive("timeout_minutes")
         if self.resume and self.overwrite:
             raise ValueError("overwrite: expected --resume or --overwrite, got both")
 
@@ -123,13 +130,18 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
     def resolve_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device)
+            auto = "cuda" if torch.cuda.is_available() else "cpu"
+            device = torch.device(auto if self.device == "auto" else self.device)
             torch.empty(1, device=device).cpu()  # the meta device has nothing to copy
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"device: expected one that this machine has, got {self.device!r}") from error
+        here, gpus = on_machine()[1], torch.cuda.device_count()
+        if device.type == "cuda" and here > 1 and (here > gpus or device.index is not None):
+            raise ValueError(
+                f"device: expected cpu, or cuda with a GPU for each of {here} processes, got {device} and "
+                f"{gpus} of them"
+            )
         return device
 
     def resolve_precision(self, device: torch.device) -> torch.dtype:
@@ -160,6 +172,7 @@ def identity(method: str, config: TrainConfig) -> dict:
         "workers",
         "knn_every",
         "checkpoint_minutes",
+        "timeout_minutes",
         "resume",
         "overwrite",
     ):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sslfast.train.processes import rank
+
 MEMORY = 4 << 30
 """Bytes of decoded images up to which a data set is kept in memory; a larger one is decoded every epoch."""
 TEST_EVERY = 5
@@ -85,7 +87,8 @@ class Decoded:
         )
 
     def report(self, broken: Sequence[tuple[int, str]]) -> None:
-        for index, problem in broken:
+        """By the first process alone, which sees them all in the end: the evaluation takes every image."""
+        for index, problem in broken if rank() == 0 else ():
             if index not in self.reported:
                 self.reported.add(index)
                 line = f"skipped {self.pictures.name(index)}: {problem}"

@@ -16,6 +16,7 @@ from sslfast import (
     sinkhorn_center,
     update_center_,
 )
+from sslfast.distributed import world
 from sslfast.train.heads import Network
 from sslfast.train.vit import ViT
 
@@ -129,7 +130,8 @@ class Distillation(nn.Module):
             )
             loss = loss + self.ibot_weight * metrics["ibot_loss"]
         if self.koleo_weight:
-            metrics["koleo_loss"] = koleo_loss(features[0]) + koleo_loss(features[1])
+            first, second = (koleo_loss(x, group=world()) for x in features[:2])
+            metrics["koleo_loss"] = first + second
             loss = loss + self.koleo_weight * metrics["koleo_loss"]
         return loss, {name: x.detach() for name, x in metrics.items()}
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslfast.train import checkpoint, finetuning, loop, report
+from sslfast.train import checkpoint, finetuning, loop, processes, report
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import Dataset, ImageSet
 from sslfast.train.run import CHECKPOINT, WEIGHTS
@@ -101,14 +101,22 @@ class Pixels(nn.Module):
 
 @torch.no_grad()
 def features(
-    encoder: nn.Module, sets: tuple[ImageSet, ImageSet], device: torch.device, workers: int = 0
+    encoder: nn.Module,
+    sets: tuple[ImageSet, ImageSet],
+    device: torch.device,
+    workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Features:
-    """float32 features of un-augmented images, on the CPU, with the encoder in evaluation mode."""
+    """float32 features of un-augmented images, on the CPU, with the encoder in evaluation mode.
+
+    part: (i, n): those of the i-th of n consecutive parts of both sets.
+    """
     encoder = encoder.to(device).eval()
     encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def of(images: ImageSet) -> Tensor:
-        rows = torch.arange(len(images)).split(512) if len(images) else ()
+        own = torch.arange(len(images)).tensor_split(part[1])[part[0]]
+        rows = own.split(512) if len(own) else ()
         batches = images.batches(rows, device, workers)
         parts = [encoder(batch.float() / 255).float().cpu() for batch in batches]
         return torch.cat(parts) if parts else torch.empty(0)
@@ -117,9 +125,15 @@ def features(
 
 
 def online_knn(encoder: nn.Module, dataset: Dataset, device: torch.device, workers: int) -> float:
-    """Accuracy of kNN on the test images, with the encoder as it is; leaves it in evaluation mode."""
-    train, test = features(encoder, (dataset.train, dataset.test), device, workers)
-    return accuracy(knn(train, dataset.train.labels, test), dataset.test.labels)  # type: ignore[arg-type]  # the loop has seen to it
+    """Accuracy of kNN on the test images, with the encoder as it is; leaves it in evaluation mode.
+
+    All processes call it, and each takes its part of the images.
+    """
+    part, parts = processes.rank(), processes.processes()
+    train, test = features(encoder, (dataset.train, dataset.test), device, workers, (part, parts))
+    bank = torch.cat(processes.collected(train))
+    predicted = knn(bank, dataset.train.labels, test) if len(test) else torch.empty(0)  # type: ignore[arg-type]  # the loop has seen to it
+    return accuracy(torch.cat(processes.collected(predicted)), dataset.test.labels)  # type: ignore[arg-type]
 
 
 def measure(

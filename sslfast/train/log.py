@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sslfast.train.checkpoint import write_text
+from sslfast.train.processes import everywhere, processes, rank, summed
 
 T = TypeVar("T")
 LIVE = 0.5
@@ -23,7 +25,7 @@ class Log:
     """One row of metrics per epoch, and a bar in a terminal, otherwise a line per epoch.
 
     Rows are kept, and metrics.csv is written anew and atomically, so that a resumed run's file has no row
-    twice.
+    twice. Several processes have one each, of which the first tells what all of them measure.
     """
 
     def __init__(self, out: Path, console: Console, total: int) -> None:
@@ -44,6 +46,8 @@ class Log:
 
     def __enter__(self) -> "Log":
         self._board = None
+        if rank():
+            return self
         with self._disk_may_be_full("TensorBoard events"):
             self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
         self._bar.start()
@@ -81,18 +85,27 @@ class Log:
         self._images += images
 
     def means(self) -> dict[str, float]:
-        """Means of the epoch so far.
+        """Means of the epoch so far, over all processes, which all call it.
 
         Raises:
             FloatingPointError: the mean loss is not finite.
         """
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        means = self._averages(self._of_all())
         if not abs(means["loss"]) < float("inf"):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} in epoch {len(self.rows) + 1}; try a lower --learning-rate, or "
-                f"--precision float32"
-            )
+            problem = f"the loss is {means['loss']} in epoch {len(self.rows) + 1}"
+            advice = "try a lower --learning-rate, or --precision float32"
+            raise everywhere(FloatingPointError(f"{problem}; {advice}"))
         return means
+
+    def _averages(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return {name: float(total) / self._counts[name] for name, total in sums.items()}
+
+    def _of_all(self) -> dict[str, Tensor]:
+        """The sums of all processes, divided by how many there are."""
+        if processes() == 1 or not self._sums:
+            return self._sums
+        means = summed(torch.stack(list(self._sums.values()))) / processes()
+        return dict(zip(self._sums, means.unbind(), strict=True))
 
     def check(self) -> None:
         """Raises FloatingPointError as `means` does."""
@@ -103,7 +116,8 @@ class Log:
         now = time.perf_counter()
         if now - self._shown >= LIVE and self.console.is_terminal:
             self._shown = now
-            text = self._text({**self.means(), "learning_rate": rate, **self._speed()})
+            means = self.means() if processes() == 1 else self._averages(self._sums)  # waits for no other
+            text = self._text({**means, "learning_rate": rate, **self._speed()})
             self._bar.update(self._task, completed=step, epoch=len(self.rows) + 1, text=text)
 
     def end_epoch(self, rate: float, measured: dict[str, float], warning: str | None = None) -> None:
@@ -115,6 +129,11 @@ class Log:
             **self._speed(),
         }
         self.rows.append(row)
+        if rank() == 0:
+            self._tell(row, warning)
+        self.begin_epoch()
+
+    def _tell(self, row: dict[str, float], warning: str | None) -> None:
         self.write()
         with self._disk_may_be_full("TensorBoard events"):
             if self._board:
@@ -126,7 +145,6 @@ class Log:
         if warning and not self._warned:
             self.console.print(f"[bold red]warning:[/] {warning}", highlight=False)
         self._warned = bool(warning)
-        self.begin_epoch()
 
     def write(self) -> None:
         """Writes metrics.csv, of all epochs, so that one that could not be written is not lost."""
@@ -158,9 +176,10 @@ class Log:
         )
 
     def state_dict(self) -> dict:
+        """Of all processes, which all call it."""
         return {
             "rows": self.rows,
-            "sums": self._sums,
+            "sums": self._of_all(),
             "counts": self._counts,
             "images": self._images,
             "waited": self._waited,

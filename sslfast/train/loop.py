@@ -3,63 +3,82 @@
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from sslfast.train import checkpoint, evaluate, methods, optim, report, sources
+from sslfast.train import batchnorm, checkpoint, evaluate, methods, optim, processes, report, sources
 from sslfast.train.config import TrainConfig
 from sslfast.train.log import Log
 from sslfast.train.methods import Method, Now
 from sslfast.train.monitor import CollapseMonitor
+from sslfast.train.parallel import Parallel
 from sslfast.train.run import WEIGHTS, Interruption, Run
 
 
 def train(method: str, cfg: TrainConfig) -> Path:
     """Trains, evaluates, and leaves the run in `cfg.out`.
 
+    All processes of torch.distributed's default group call it, if there is one. Each trains on its part of
+    every batch, and the first one's `cfg` is that of all; it alone speaks, writes and evaluates.
+
     Raises:
         ValueError: an option, the data or the run to resume is not what it should be; nothing was started.
         FloatingPointError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+        ConnectionError: another process was lost.
     """
-    console = Console()
-    device = cfg.resolve_device()
-    dataset = sources.load(cfg.data, cfg.image_size)
-    count, (channels, size, _) = len(dataset.train), dataset.train.shape
-    batch_size = min(cfg.batch_size, count)
-    steps = count // (batch_size * cfg.accumulate)  # a smaller last batch has fewer negatives: left out
-    if not steps:
-        most = count // batch_size
-        raise ValueError(f"accumulate: expected at most {most} for {count} images, got {cfg.accumulate}")
-    if cfg.knn_every and (dataset.train.labels is None or not len(dataset.test)):
-        raise ValueError("knn_every: expected 0 for data without labels or test images")
+    command = f"{processes.launcher()}sslfast train {method} --out {shlex.quote(str(cfg.out))} --resume"
+    with processes.watched(command):
+        return _train(method, processes.first(cfg), command)
+
+
+def _train(method: str, cfg: TrainConfig, command: str) -> Path:
+    rank, parts = processes.rank(), processes.processes()
+    console = Console(quiet=True, force_terminal=False) if rank else Console()
+    with processes.together():
+        device = cfg.resolve_device()
+        dataset = sources.load(cfg.data, cfg.image_size)
+        count, (channels, size, _) = len(dataset.train), dataset.train.shape
+        batch_size = min(cfg.batch_size, count)
+        steps = count // (batch_size * cfg.accumulate)  # a smaller last batch has fewer negatives: left out
+        if not steps:
+            most = count // batch_size
+            raise ValueError(f"accumulate: expected at most {most} for {count} images, got {cfg.accumulate}")
+        if batch_size % parts:
+            raise ValueError(f"batch_size: expected one that {parts} processes can share, got {batch_size}")
+        if cfg.knn_every and (dataset.train.labels is None or not len(dataset.test)):
+            raise ValueError("knn_every: expected 0 for data without labels or test images")
+        model = build(method, cfg, channels, size).to(device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        views = model.views(cfg, channels, size).to(device)
+        fingerprint = [count, channels, size, dataset.train.fingerprint()]
+    if rank:
+        checkpoint.reseed(cfg.seed, rank, 0)  # the first goes on as if it were alone
+    own = slice(batch_size // parts * rank, batch_size // parts * (rank + 1))  # of each batch
     total, peak = cfg.epochs * steps, cfg.resolve_learning_rate(batch_size * cfg.accumulate)
-    model = build(method, cfg, channels, size).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    views = model.views(cfg, channels, size).to(device)
     update, monitor, log = Update(model, cfg, device), CollapseMonitor(), Log(cfg.out, console, total)
-    parts = {"model": model, "update": update, "monitor": monitor, "log": log}
-    fingerprint = [count, channels, size, dataset.train.fingerprint()]
-    run = Run(method, cfg, fingerprint, device, parts, console)
+    kept = {"model": model, "update": update, "monitor": monitor, "log": log}
+    run = Run(method, cfg, fingerprint, device, kept, console)
     done = run.start()
 
     console.print(
         f"{method} on {cfg.data}: {count} images of {channels}x{size}x{size}, {cfg.epochs} epochs of {steps} "
         f"steps of {batch_size * cfg.accumulate}, {cfg.backbone} on {device}"
+        + (f", {parts} processes" if parts > 1 else "")
     )
     began, images = time.perf_counter(), dataset.train.to(device)
-    command = f"sslfast train {method} --out {shlex.quote(str(cfg.out))} --resume"
     with log, Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
             rows = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
             rows = rows[(done - epoch * steps) * cfg.accumulate :]
-            batches = log.waiting(images.batches(rows, device, cfg.workers))
+            batches = log.waiting(images.batches([part[own] for part in rows], device, cfg.workers))
             for step in range(done, (epoch + 1) * steps):
                 rate = peak * optim.rate_at(cfg.schedule, step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
@@ -71,16 +90,19 @@ def train(method: str, cfg: TrainConfig) -> Path:
                     log.add({"loss": loss, **metrics}, batch_size)
                 log.add(update.step())
                 log.live(done := step + 1, rate)
-                if done % steps and (interruption.requested or run.due()):
+                stop, due = processes.agreed(interruption.requested, run.due())
+                if done % steps and (stop or due):
                     run.save(done)
-                    interruption.stop_here()
+                    interruption.stop_here(stop)
             measured = monitor.read()
             if cfg.knn_every and (epoch + 1) % cfg.knn_every == 0:
                 measured["knn"] = evaluate.online_knn(model.encoder, dataset, device, cfg.workers)
             log.end_epoch(rate, measured, monitor.warning(log.means()))
             monitor.reset()
             run.save(done)
-            interruption.stop_here()
+            interruption.stop_here(*processes.agreed(interruption.requested))
+    if rank:
+        return cfg.out
     console.print(f"trained for {time.perf_counter() - began:.0f} s")
     weights = {name: checkpoint.on_cpu(tensor) for name, tensor in model.state_dict().items()}
     checkpoint.write(cfg.out / WEIGHTS, weights)
@@ -96,7 +118,11 @@ def train(method: str, cfg: TrainConfig) -> Path:
 def build(method: str, cfg: TrainConfig, channels: int, size: int) -> Method:
     """The method's module for images [channels, size, size], with the weights of its seed."""
     torch.manual_seed(cfg.seed)
-    return methods.module(method).build(cfg, channels, size)
+    model = methods.module(method).build(cfg, channels, size)
+    if cfg.sync_batchnorm and processes.processes() > 1:
+        on_gpu = cfg.resolve_device().type == "cuda"
+        batchnorm.synchronize(model, nn.SyncBatchNorm if on_gpu else batchnorm.SyncBatchNorm)
+    return model
 
 
 def order(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -109,7 +135,8 @@ class Update:
     """One update of a method's weights: `backward` for each of the accumulated batches, then `step`.
 
     The gradient is the mean over the batches. Each batch is a loss of its own: its negatives are its own
-    images. Neither function reads from the device, so that both can be captured in one CUDA graph; with
+    images. Of several processes each has a part of every batch, and the last `backward` averages their
+    gradients. Neither function reads from the device, so that both can be captured in one CUDA graph; with
     float16 and LARS, torch's GradScaler reads whether gradients overflowed.
     """
 
@@ -120,16 +147,21 @@ class Update:
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.training_step = torch.compile(model.training_step) if cfg.compile else model.training_step
+        self.parallel = Parallel(model, self.training_step) if processes.processes() > 1 else None
+        self.batches = 0  # of this update so far
 
     def backward(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        with self.autocast():
-            loss, metrics = self.training_step(views)
-        self.scaler.scale(loss / self.accumulate).backward()
+        self.batches += 1
+        last = self.batches == self.accumulate
+        with self.parallel.averaging(last) if self.parallel else nullcontext(self.training_step) as step:
+            with self.autocast():
+                loss, metrics = step(views)
+            self.scaler.scale(loss / self.accumulate).backward()
         return loss.detach(), metrics
 
     def step(self) -> dict[str, Tensor]:
         """Clips if asked to, updates, and returns metrics."""
-        metrics = {}
+        metrics, self.batches = {}, 0
         if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
             metrics["grad_norm"] = self.model.clip(self.clip_norm)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslfast.train.processes import processes, rank, summed
+
 
 class CollapseMonitor:
     """Moments of the L2-normalised embeddings of an epoch, kept on the device; only `read` waits for it.
@@ -41,22 +43,8 @@ class CollapseMonitor:
         self.count += len(z)
 
     def read(self) -> dict[str, float]:
-        """{} before the first update."""
-        if self.total is None or self.gram is None:
-            return {}
-        mean, gram = self.total.cpu() / self.count, self.gram.cpu() / self.count
-        if not gram.isfinite().all():
-            return {"feature_std": float("nan"), "effective_rank": float("nan")}
-        std = (gram.diagonal() - mean.square()).clamp(min=0).sqrt().mean()
-        singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-        p = singular / singular.sum().clamp(min=1e-300)
-        entropy = -torch.special.xlogy(p, p).sum()
-        measured = {"feature_std": std.item(), "effective_rank": entropy.exp().item()}
-        if self.targets is not None and self.agreement is not None:
-            same = self.agreement.item() / self.count
-            measured["teacher_agreement"] = same
-            measured["teacher_contrast"] = same - (mean @ self.targets.cpu()).item() / self.count
-        return measured
+        """{} before the first update. Of the images of all processes, which all call it."""
+        return _measured(self.state_dict())
 
     def warning(self, metrics: Mapping[str, float] | None = None) -> str | None:
         """What is wrong, in words; None when nothing is.
@@ -70,17 +58,18 @@ class CollapseMonitor:
                 f"the teacher's assignments have collapsed (entropy {entropy:.3f} of ln K, divergence "
                 f"{kl:.2g}). Try --centering sinkhorn, a lower teacher's temperature, or another momentum"
             )
-        measured = self.read()
+        sums = self.state_dict()
+        measured = _measured(sums)
         if not measured:
             return None
-        dim = len(self.gram)  # type: ignore[arg-type]  # there when there is something to read
+        dim = len(sums["gram"])
         std, rank = measured["feature_std"], measured["effective_rank"]
         if std < 0.1 / dim**0.5:
             return (
                 f"the embeddings have collapsed: all images get nearly the same one (standard deviation "
                 f"{std:.2g}, {dim**-0.5:.2g} is healthy). Try a lower learning rate or a longer warm-up"
             )
-        most = min(dim, self.count)
+        most = min(dim, sums["count"])
         if rank < min(0.05 * most, 0.5 * dim):
             return (
                 f"the embeddings use few dimensions: effective rank {rank:.1f} of {most}. Try stronger "
@@ -96,10 +85,39 @@ class CollapseMonitor:
         return None
 
     def state_dict(self) -> dict:
-        return dict(vars(self))
+        """The sums of all processes, which all call it."""
+        own = dict(vars(self))
+        return own if processes() == 1 else {name: _of_all(x) for name, x in own.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        """Into the first process; the others begin at 0."""
+        if rank() == 0:
+            vars(self).update(state)
+
+
+def _measured(sums: dict) -> dict[str, float]:
+    if sums["total"] is None:
+        return {}
+    count = sums["count"]
+    mean, gram = sums["total"].cpu() / count, sums["gram"].cpu() / count
+    if not gram.isfinite().all():
+        return {"feature_std": float("nan"), "effective_rank": float("nan")}
+    std = (gram.diagonal() - mean.square()).clamp(min=0).sqrt().mean()
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = singular / singular.sum().clamp(min=1e-300)
+    entropy = -torch.special.xlogy(p, p).sum()
+    measured = {"feature_std": std.item(), "effective_rank": entropy.exp().item()}
+    if sums["targets"] is not None:
+        same = sums["agreement"].item() / count
+        measured["teacher_agreement"] = same
+        measured["teacher_contrast"] = same - (mean @ sums["targets"].cpu()).item() / count
+    return measured
+
+
+def _of_all(x: Tensor | int | None) -> Tensor | int | None:
+    if x is None:
+        return None
+    return summed(x) if isinstance(x, Tensor) else int(summed(torch.tensor(x)))
 
 
 def _plus(total: Tensor | None, x: Tensor) -> Tensor:

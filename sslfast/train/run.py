@@ -8,7 +8,7 @@ import time
 import torch
 from rich.console import Console
 
-from sslfast.train import checkpoint, config
+from sslfast.train import checkpoint, config, processes
 from sslfast.train.config import TrainConfig
 
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
@@ -46,13 +46,31 @@ class Run:
     def start(self) -> int:
         """Begins a new run, or goes on with one; returns how many updates were made.
 
+        The first process alone looks into the folder, and sends the others what is in the checkpoint.
+
         Raises:
-            ValueError: the folder holds something else, or the checkpoint is not one of this run.
+            ValueError: the folder holds something else, the checkpoint is not one of this run, or processes
+                have different images.
         """
+        with processes.together():
+            for number, images in enumerate(processes.collected(self.identity["images"])):
+                if images != self.identity["images"]:
+                    raise ValueError(
+                        f"data: process {number} has other images than process {processes.rank()}"
+                    )
+        state = None
+        with processes.together():
+            if processes.rank() == 0:
+                state = self._begin()
+        state = processes.first_state(state)
+        return 0 if state is None else self._restore(state)
+
+    def _begin(self) -> dict | None:
+        """The checkpoint of a run that goes on, or the folder for a new one."""
         out, cfg = self.cfg.out, self.cfg
         held = (out / "config.json").exists()
         if held and cfg.resume and self.path.exists():
-            return self._restore()
+            return self._load()
         if held and not (cfg.overwrite or cfg.resume):
             raise ValueError(
                 f"out: {out} already holds a run; expected a new folder, --resume or --overwrite"
@@ -65,7 +83,7 @@ class Run:
             self.console.print(f"no checkpoint in {out} yet: starting from the beginning")
         out.mkdir(parents=True, exist_ok=True)
         config.save(self.method, cfg, out / "config.json")
-        return 0
+        return None
 
     def _clear(self) -> None:
         """Removes the files of an earlier run and nothing else; the config, which shows what it was, last."""
@@ -81,47 +99,70 @@ class Run:
 
     def save(self, done: int) -> None:
         """Writes a checkpoint after `done` updates; where that fails, the last one stays and training goes
-        on.
+        on. All processes call it, and the first writes what is the same on all, and their random states.
 
         Raises:
             FloatingPointError: the loss or a weight is not finite; the last good state stays.
         """
         self.parts["log"].check()
-        for name, value in self.parts["model"].state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise FloatingPointError(
-                    f"{name} is not finite after update {done}; try a lower --learning-rate"
-                )
+        with processes.together():
+            for name, value in self.parts["model"].state_dict().items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise FloatingPointError(
+                        f"{name} is not finite after update {done}; try a lower --learning-rate"
+                    )
+        random, *others = processes.collected(checkpoint.random_state(self.device))
         state = {
             "identity": self.identity,
             "done": done,
             "threads": torch.get_num_threads(),
-            "random": checkpoint.random_state(self.device),
+            "random": random,
+            **({"others": others} if others else {}),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
+        with processes.together():
+            if processes.rank() == 0:
+                self._write(state)
+        self._saved_at = time.monotonic()
+
+    def _write(self, state: dict) -> None:
         try:
             checkpoint.save(self.path, state)
         except OSError as error:
             self.console.print(
                 f"[bold red]warning:[/] {error}; the checkpoint before it stays", highlight=False
             )
-        self._saved_at = time.monotonic()
 
-    def _restore(self) -> int:
+    def _load(self) -> dict:
         state = checkpoint.load(self.path)
         theirs = state.get("identity", {})
+        if theirs:  # from before it could be chosen, which changed nothing for the one process there was
+            theirs.setdefault("sync_batchnorm", self.identity["sync_batchnorm"])
         for name in sorted({*theirs, *self.identity}):
             if theirs.get(name) != self.identity.get(name):
                 raise ValueError(
                     f"resume: the run in {self.cfg.out} has {name} = {theirs.get(name)!r}, "
                     f"got {self.identity.get(name)!r}"
                 )
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            checkpoint.set_random_state(state["random"], self.device)
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise ValueError(f"resume: {self.path} is not of this version: {error}") from error
+        return state
+
+    def _restore(self, state: dict) -> int:
+        count = processes.processes()
+        with processes.together():
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                states = [state["random"], *state.get("others", ())]
+                if len(states) == count:
+                    checkpoint.set_random_state(states[processes.rank()], self.device)
+                else:
+                    checkpoint.reseed(self.cfg.seed, processes.rank(), state["done"])
+            except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+                raise ValueError(f"resume: {self.path} is not of this version: {error}") from error
+        if len(states) != count:
+            self.console.print(
+                f"processes: {len(states)} before, now {count}; the run goes on with new random numbers"
+            )
         if state["threads"] != torch.get_num_threads():
             self.console.print(
                 f"the run had {state['threads']} threads and now has {torch.get_num_threads()}: "
@@ -132,7 +173,11 @@ class Run:
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM are a request that the loop sees between updates; a second interrupts at once."""
+    """Ctrl-C and SIGTERM are a request that the loop sees between updates; a second interrupts at once.
+
+    Not where torchrun is, which passes on what its processes got from the terminal already, and ends those
+    that remain when one has ended: what they have to say comes first.
+    """
 
     def __init__(self, command: str) -> None:
         self.requested, self._command = False, command
@@ -144,16 +189,18 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not None and processes.processes() > 1:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
-        if self.requested:
+        if self.requested and not processes.launched():
             raise KeyboardInterrupt
         self.requested = True
 
-    def stop_here(self) -> None:
-        """Raises KeyboardInterrupt, with how to go on, where it was requested."""
-        if self.requested:
-            raise KeyboardInterrupt(f"stopped and saved; to go on: {self._command}")
+    def stop_here(self, agreed: bool | None = None) -> None:
+        """Raises KeyboardInterrupt, with how to go on, where it was requested, or all processes agreed to."""
+        if self.requested if agreed is None else agreed:
+            raise processes.everywhere(KeyboardInterrupt(f"stopped and saved; to go on: {self._command}"))

@@ -3,7 +3,8 @@
 import importlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,17 +282,29 @@ def torchvision(name: str, image_size: int) -> Dataset:
     if "download" in accepted:
         given["download"] = True
     try:
-        if "train" in accepted:
-            parts = [kind(**given, train=train) for train in (True, False)]
-        elif "split" in accepted:
-            parts = [kind(**given, split=split) for split in ("train", "test")]
-        else:
-            parts = [kind(**given)]
+        with _alone():
+            if "train" in accepted:
+                parts = [kind(**given, train=train) for train in (True, False)]
+            elif "split" in accepted:
+                parts = [kind(**given, split=split) for split in ("train", "test")]
+            else:
+                parts = [kind(**given)]
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"data: torchvision could not load {name}: {error}") from error
     labels = [_labels(getattr(part, "targets", getattr(part, "_labels", None)), len(part)) for part in parts]
     classes = getattr(parts[0], "classes", None)
     return _split(parts, labels, classes, name, _first, image_size)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process of a machine at a time: the first downloads, the others find what it left."""
+    import fcntl
+
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    with open(DOWNLOADS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def huggingface(name: str, image_size: int) -> Dataset:

@@ -7,10 +7,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sslfast import EMATeacher, KeyQueue, moco_loss
+from sslfast.distributed import world
 from sslfast.train import models, optim
-from sslfast.train.batchnorm import gathered, processes, shuffled, split_batchnorm
+from sslfast.train.batchnorm import shuffled, split_batchnorm
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, unit_rows
+from sslfast.train.processes import processes
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Config(TrainConfig):
     queue_size: int = 4096
     """Keys that a query is compared with; fewer than there are images. The paper has 65536 for ImageNet."""
     projection_dim: int = 128
+    sync_batchnorm: bool = False
+    """BatchNorm over the batch of all processes, in place of which keys are shuffled among them."""
     bn_splits: int = 8
     """Parts of a batch that are normalised apart, as on so many GPUs; on several processes each is one."""
 
@@ -76,6 +80,6 @@ class MoCo(Method):
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         query = unit_rows(self.projector(self.encoder(views[0])))
         key = unit_rows(shuffled(self.keys, views[1]))
-        loss = moco_loss(query, key, self.queue.keys, self.temperature, normalize=False)
-        self.queue.enqueue(gathered(key))
+        loss = moco_loss(query, key, self.queue.keys, self.temperature, normalize=False, group=world())
+        self.queue.enqueue(key, group=world())
         return loss, {"embeddings": query.detach(), "targets": key}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sslfast import EMATeacher, cosine_momentum, info_nce_loss
+from sslfast.distributed import world
 from sslfast.train import models, optim
-from sslfast.train.batchnorm import elsewhere
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, Now, unit_rows
 from sslfast.train.vit import ViT
@@ -108,7 +108,7 @@ class MoCoV3(Method):
         queries = [unit_rows(self.predictor(self.projector(self.encoder(view)))) for view in views]
         keys = [unit_rows(self.keys(view)) for view in views]
         losses = [
-            info_nce_loss(query, key, negatives=elsewhere(key), temperature=self.temperature, normalize=False)
+            info_nce_loss(query, key, temperature=self.temperature, normalize=False, group=world())
             for query, key in zip(queries, reversed(keys), strict=True)
         ]
         loss = 2 * self.temperature * (losses[0] + losses[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed import world
 from sslfast.losses import NTXentLoss
 from sslfast.train import models
 from sslfast.train.config import TrainConfig
@@ -50,7 +51,7 @@ class SimCLR(Method):
             nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
             nn.Linear(dim, projection_dim, bias=False), last,
         )  # fmt: skip
-        self.loss = NTXentLoss(temperature)
+        self.loss = NTXentLoss(temperature, group=world())
 
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Two views of a batch; BatchNorm sees both at once."""
