@@ -158,51 +158,49 @@ class Ranks:
         """Shards go round in pieces, so that what is on its way takes little memory. At stage (p, k) piece p
         of process rank - k is here, while the next one comes in, and while what was made of the one before
         goes on: to the process that makes its own of the same piece now, or home after the last."""
-        size, device, begin = self.size, shard[0].device, sum(lengths[: self.rank])
+        size, device = self.size, shard[0].device
         row_bytes = sum(math.prod(x.shape[1:]) * x.element_size() for x in shard)
         pieces = -(-max(lengths) * row_bytes // PIECE_BYTES)
+        begins = [sum(lengths[:k]) for k in range(size)]
 
-        def place(p: int, k: int) -> tuple[int, int]:
+        def place(p: int, k: int) -> slice:
             rows = lengths[(self.rank - k) % size]
-            return rows * p // pieces, rows * (p + 1) // pieces
+            return slice(rows * p // pieces, rows * (p + 1) // pieces)
 
-        def empty(at: tuple[int, int]) -> list[Tensor]:
-            return [torch.empty(at[1] - at[0], *shape, dtype=dtype, device=device) for shape, dtype in carry]
-
-        def go_home(p: int, received: list[Tensor]) -> None:
-            own_rows = slice(*place(p, 0))
-            for x, y in zip(own, received, strict=True):
-                x[own_rows] = merge(x[own_rows], y)
+        def empty(rows: slice) -> list[Tensor]:
+            count = rows.stop - rows.start
+            return [torch.empty(count, *shape, dtype=dtype, device=device) for shape, dtype in carry]
 
         stages = [(p, k) for p in range(pieces) for k in range(1, size)]
+        held: list[Tensor] = []
+        made: list[Tensor] = []  # at the stage before
         own: list[Tensor] = []
-        held, coming, made, received = [], [], [], []  # type: ignore[var-annotated]
         for s in range(-1, len(stages) + 1):
-            posted = _Posted(self)
-            if s + 1 < len(stages):
-                p, k = stages[s + 1]
-                low, high = place(p, k)
-                coming = [x.new_empty(high - low, *x.shape[1:]) for x in shard]
-                posted.swap([x[slice(*place(p, 0))] for x in shard] if k == 1 else held, coming)
-            if carry and s >= 1:
-                p, k = stages[s - 1]
-                received = empty(place(p, 0) if k == size - 1 else place(*stages[s]))
+            before, now, after = (stages[x] if 0 <= x < len(stages) else None for x in (s - 1, s, s + 1))
+            posted, coming, received = _Posted(self), [], []  # type: ignore[var-annotated]
+            if after:
+                rows = place(*after)
+                coming = [x.new_empty(rows.stop - rows.start, *x.shape[1:]) for x in shard]
+                first = after[1] == 1
+                posted.swap([x[place(after[0], 0)] for x in shard] if first else held, coming)
+            home = before is not None and before[1] == size - 1
+            if carry and before:
+                received = empty(place(before[0], 0) if home else place(*now))  # type: ignore[misc]
                 posted.swap(made, received)
             posted.start()
-            if s == -1:
-                own = list(work(begin, shard))
-            elif s < len(stages):
-                low, high = place(*stages[s])
-                owner = (self.rank - stages[s][1]) % size
-                following = work(sum(lengths[:owner]) + low, held) if high > low else empty((0, 0))
+            if s < 0:
+                own = list(work(begins[self.rank], shard))
+            elif now:
+                rows = place(*now)
+                begin = begins[(self.rank - now[1]) % size] + rows.start
+                made = list(work(begin, held)) if rows.stop > rows.start else empty(rows)
             posted.wait()
-            if carry and s >= 1:
-                if k == size - 1:
-                    go_home(p, received)
+            if carry and before:
+                if home:
+                    for x, y in zip((x[place(before[0], 0)] for x in own), received, strict=True):
+                        x.copy_(merge(x, y))
                 else:
-                    following = [merge(x, y) for x, y in zip(received, following, strict=True)]
-            if 0 <= s < len(stages):
-                made = list(following)
+                    made = [merge(x, y) for x, y in zip(received, made, strict=True)]
             held = coming
         return own
 
