@@ -59,6 +59,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/masking.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/prototypes.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/losses.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/distributed.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/projection.py
 
 # Every shipped configuration of the GPU kernels, compiled without a GPU: registers, spills, occupancy, predicted times.
 static: $(READY)

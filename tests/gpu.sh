@@ -65,5 +65,6 @@ stage "prototypes" 50 "$BIN/python" benchmarks/prototypes.py --device cuda --sec
 stage "losses" 50 "$BIN/python" benchmarks/losses_gpu.py --seconds 32 --json-out "$RESULTS"
 # Beside those originals that $PYTHON has; torch's own AveragedModel is always there.
 stage "drop-ins" 30 "$BIN/python" benchmarks/interop.py --device cuda --seconds 15 --json-out "$RESULTS"
+stage "blocks of a ring" 30 "$BIN/python" benchmarks/distributed.py --only blocks --device cuda --json-out "$RESULTS"
 stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

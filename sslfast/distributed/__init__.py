@@ -18,7 +18,7 @@ averaged by DistributedDataParallel, is the mean of the batch where all have as 
 
 strategy: "gather" brings all rows to every process, in memory that grows with their number. "ring" passes
 them from neighbour to neighbour, in pieces, while the process computes with those it holds: memory as for its
-own rows alone. The numbers are the same. "auto" gathers up to 64 MiB of features.
+own rows alone. The numbers are the same. "auto" gathers up to 256 MiB of its first argument's rows.
 
 Bytes that each of W processes sends in a ring, for n images of dimension D in e bytes per number (g = 4, or 8
 for float64), beside scalars and the 32 bytes in which the processes agree on a call:
@@ -28,6 +28,9 @@ for float64), beside scalars and the 32 bytes in which the processes agree on a 
     InfoNCE            n          (W - 1) R (D e + 8)           (W - 1) R (D e + 8 + D g)
     symmetric, CLIP    n          (W - 1) R (D e + 8 + g)       (W - 1) R (D e + 8 + 2 g + D g)
     SigLIP             n          (W - 1) R (D e + 8 + D g)     0
+
+A gather's backward pass has the features and ids already, (W - 1) R (D e + 8) less, and its log-sum-exps of
+columns take 3 g instead of g.
 
 Before a call its arguments are compared, from host to host, without waiting for a device. What one process
 alone finds wrong, be it a type, a dimension or an option that differs, no rows, or (on a CPU, or with

@@ -115,6 +115,7 @@ class Ranks:
         lengths: Sequence[int],
         carry: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
         merge: Callable[[Tensor, Tensor], Tensor] = torch.add,
+        known: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Shows every process's shard to every process, and brings home what they make of it.
 
@@ -125,16 +126,21 @@ class Ranks:
             lengths: rows of each process.
             carry: (shape of a row, dtype) of each tensor that work returns.
             merge: what adds two of them up, torch.add or torch.logaddexp.
+            known: tensors of the shard, from the first on, that were gathered before; a gather adds the
+                others.
 
         Returns:
             What all processes have made of this one's shard.
         """
         shard = [x.contiguous() for x in shard]
-        return (self._ring if self.ring else self._gather)(shard, work, carry, merge, lengths)
+        if self.ring:
+            return self._ring(shard, work, lengths, carry, merge)
+        known = [] if known is None else known
+        known += [self.gathered(x, lengths) for x in shard[len(known) :]]
+        return self._gather(known, work, lengths, carry, merge)
 
-    def _gather(self, shard, work, carry, merge, lengths) -> list[Tensor]:
+    def _gather(self, everything, work, lengths, carry, merge) -> list[Tensor]:
         begins = [sum(lengths[:k]) for k in range(self.size + 1)]
-        everything = [self.gathered(x, lengths) for x in shard]
         parts, sizes = [], []
         own, end = begins[self.rank], begins[self.rank + 1]
         for begin, stop in ((0, own), (own, end), (end, begins[-1])):
@@ -154,7 +160,7 @@ class Ranks:
         begin = sum(lengths[: self.rank])
         return top[begin : begin + lengths[self.rank]] + self.scattered(share, lengths).log()
 
-    def _ring(self, shard, work, carry, merge, lengths) -> list[Tensor]:
+    def _ring(self, shard, work, lengths, carry, merge) -> list[Tensor]:
         """Shards go round in pieces, so that what is on its way takes little memory. At stage (p, k) piece p
         of process rank - k is here, while the next one comes in, and while what was made of the one before
         goes on: to the process that makes its own of the same piece now, or home after the last."""

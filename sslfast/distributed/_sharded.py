@@ -78,9 +78,10 @@ class _SimilarityLSE(torch.autograd.Function):
 
         shard = [x for x in (columns, b_ids) if x is not None]
         carry = [((), scale.dtype)] if return_cols else []
+        known: list[Tensor] = []
         with torch.autocast(a.device.type, enabled=False):
-            col = next(iter(ranks.visit(shard, work, lengths, carry, torch.logaddexp)), None)
-        ctx.save_for_backward(a, b, scale, a_ids, b_ids, row, col)
+            col = next(iter(ranks.visit(shard, work, lengths, carry, torch.logaddexp, known)), None)
+        ctx.save_for_backward(a, b, scale, a_ids, b_ids, row, col, *known)
         ctx.set_materialize_grads(False)
         ctx.same, ctx.ranks, ctx.lengths, ctx.own, ctx.backend = same, ranks, lengths, own, backend
         return (row, col) if return_cols else row
@@ -90,19 +91,21 @@ class _SimilarityLSE(torch.autograd.Function):
     def backward(ctx, g, h=None):
         if g is None and h is None:
             return (None,) * 10
-        a, b, scale, a_ids, b_ids, row, col = ctx.saved_tensors
+        a, b, scale, a_ids, b_ids, row, col, *known = ctx.saved_tensors
         need_a, need_b, need_scale = ctx.needs_input_grad[:3]
         g = torch.zeros_like(row) if g is None else g.contiguous()
         alike = b is None  # S is symmetric: with its row's log-sum-exp and gradient a column is a row again
         columns, own = (a, ctx.own) if alike else (b, None)
         h = torch.zeros_like(col) if h is None and col is not None else h
-        along = [a_ids if alike else b_ids, row if alike else col, g if alike else h]
+        ids, top, slope = (a_ids, row, g) if alike else (b_ids, col, h)
+        along = [ids, None if top is None or slope is None else torch.stack((top, slope), 1)]
         da = torch.zeros_like(a, dtype=scale.dtype) if need_a else None
         dscale = torch.zeros_like(scale) if need_scale else None
 
         def work(begin: int, block: Sequence[Tensor]) -> Sequence[Tensor]:
             rest = iter(block[1:])
-            ids, top, slope = (None if x is None else next(rest) for x in along)
+            ids, pair = (None if x is None else next(rest) for x in along)
+            top, slope = (None, None) if pair is None else pair.unbind(1)
             other: Tensor | None = block[0]
             if begin == own:  # G + G^T all the same
                 other = ids = top = slope = None
@@ -118,7 +121,7 @@ class _SimilarityLSE(torch.autograd.Function):
         shard = [x for x in (columns, *along) if x is not None]
         carry = [(tuple(a.shape[1:]), scale.dtype)] if need_b else []
         with torch.autocast(a.device.type, enabled=False):
-            db = next(iter(ctx.ranks.visit(shard, work, ctx.lengths, carry)), None)
+            db = next(iter(ctx.ranks.visit(shard, work, ctx.lengths, carry, known=known)), None)
         cast = (None if x is None else x.to(columns.dtype) for x in (da, db))
         return *cast, dscale, *(None,) * 7
 
