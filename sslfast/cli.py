@@ -80,6 +80,8 @@ def _silence() -> Iterator[None]:
 
 
 def _run(argv: list[str]) -> None:
+    if argv[:1] != ["train"] and os.environ.get("RANK", "0") != "0":
+        return None  # of torchrun's processes the first does alone what is not shared
     if argv == ["doctor"]:  # needs nothing but the library
         return doctor()
     if argv == ["tune"]:

@@ -44,6 +44,10 @@ def _info(r, w, negatives=None, **o):
     )
 
 
+def _stacked(r, w, **o):
+    return sslfast.multiview_ntxent_loss(r["v"].transpose(0, 1), w["t"], **o)
+
+
 def _views(r, w, **o):
     return sslfast.multiview_ntxent_loss(list(r["v"].unbind(1)), w["t"], ids=r.get("ids"), **o)
 
@@ -94,6 +98,7 @@ CASES = {
     ),
     "info_nce_weights": Case(_info, {**PAIR, "w": ()}, whole=T, positive=("w",)),
     "multiview": Case(_views, {"v": (3, DIM)}, whole=T),
+    "multiview_stacked": Case(_stacked, {"v": (3, DIM)}, whole=T),
     "multiview_ids": Case(_views, {"v": (3, DIM)}, {"ids": 4}, T),
     "clip": Case(_clip, PAIR, whole=_BOTH),
     "siglip": Case(_siglip, PAIR, whole=_BOTH),

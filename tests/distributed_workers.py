@@ -56,6 +56,19 @@ def _scale(rank: int) -> Tensor:
     return sslfast.clip_loss(*pair(rank), [1.0, "x"][rank], group="world")  # type: ignore[arg-type]
 
 
+def _nested(rank: int) -> Tensor:
+    return sslfast.nnclr_loss(*pair(rank), 1.0 - rank, group="world")
+
+
+def _view_count(rank: int) -> Tensor:
+    return sslfast.multiview_ntxent_loss(torch.randn(2 + rank, 3, 4), group="world")
+
+
+def _autocast(rank: int) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 1):
+        return sslfast.siglip_loss(*pair(rank), 1.0, 0.0, group="world", strategy="ring")
+
+
 def _mining(rank: int) -> Tensor:
     labels = torch.arange(3)
     return sslfast.triplet_margin_loss(pair(rank)[0], labels, mining="all", group="world", strategy="ring")
@@ -86,6 +99,9 @@ MISTAKES: dict[str, tuple[Callable, type, str]] = {
     "ids": (_differ("ids", torch.arange(3), None), ValueError, r"ids: .*int64.*None"),
     "gradients": (_frozen, ValueError, r"z1: .*with a gradient on rank 0"),
     "losses": (_losses, ValueError, r"function: .*ntxent_loss.*dcl_loss"),
+    "a loss within a loss": (_nested, ValueError, r"temperature: [^(]*\(on rank 1\)$"),
+    "number of views": (_view_count, ValueError, r"views: .*rank 0.*rank 1"),
+    "autocast": (_autocast, ValueError, r"autocast: .*None.*bfloat16"),
     "mining": (_mining, ValueError, r"strategy: .*mining='all'"),
     "keys": (_enqueue, ValueError, r"keys: .*4.*5.*rank 1"),
     "argument": (lambda rank: _ntxent(rank, **{"no": 1} if rank else {}), TypeError, r"'no'.*rank 1"),
@@ -101,7 +117,8 @@ def mistakes(rank: int) -> dict[str, tuple[type, str] | Tensor]:
             found[name] = (type(None), "nothing was raised")
         except Exception as error:
             found[name] = (type(error), str(error))
-    found["none"] = _ntxent(rank)
+    given = {"temperature": 1} if rank else {"temperature": 1.0, "scaling": "ddp"}
+    found["none"] = _ntxent(rank, **given)
     return found
 
 

@@ -1,5 +1,7 @@
 """What processes of one loss do together: agree, fail alike, and spare memory and bytes."""
 
+import copy
+import pickle
 import re
 from functools import partial
 
@@ -164,6 +166,8 @@ def test_modules_take_a_group(module: type[nn.Module]) -> None:
         module(scaling="")
     with pytest.raises(TypeError, match="group: "):
         module(group=1)
-    assert module(group="world", strategy="ring").across == {
+    made = module(group="world", strategy="ring")
+    assert copy.deepcopy(made).across == pickle.loads(pickle.dumps(made)).across == made.across
+    assert made.across == {
         "group": "world", "strategy": "ring", "scaling": "ddp"
     }  # fmt: skip

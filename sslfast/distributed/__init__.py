@@ -12,7 +12,8 @@ labels are compared over all of them, and further negatives [K, D], any number o
 queries; a queue of keys is taken to be the same on all, as `KeyQueue.enqueue` with a group keeps it.
 
 scaling: "ddp" for gradients that DistributedDataParallel averages over the group's processes: a process's
-are its part of the whole gradient times their number. "sum" for who adds them up: without that factor. With
+are its part of the whole gradient times their number, so everything that is trained, a temperature too, has
+to be averaged. "sum" for who adds them up: without that factor. With
 reduction="none" each process has the terms of its own rows, and there is no factor: their local mean,
 averaged by DistributedDataParallel, is the mean of the batch where all have as many rows.
 
@@ -29,7 +30,7 @@ for float64), beside scalars and the 32 bytes in which the processes agree on a 
     symmetric, CLIP    n          (W - 1) R (D e + 8 + g)       (W - 1) R (D e + 8 + 2 g + D g)
     SigLIP             n          (W - 1) R (D e + 8 + D g)     0
 
-A gather's backward pass has the features and ids already, (W - 1) R (D e + 8) less, and its log-sum-exps of
+Without a gradient to columns their D g is not sent. A gather's backward pass has the features and ids already, (W - 1) R (D e + 8) less, and its log-sum-exps of
 columns take 3 g instead of g.
 
 Before a call its arguments are compared, from host to host, without waiting for a device. What one process

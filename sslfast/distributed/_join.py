@@ -5,7 +5,8 @@ import inspect
 import threading
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -54,10 +55,13 @@ def collective(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         _thread.joined = False
         try:
-            _thread.call = function.__qualname__, signature.bind(*args, **options).arguments
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            _thread.call = function.__qualname__, bound.arguments
             return function(*args, **options)
         except (TypeError, ValueError) as error:
             if not _thread.joined:
+                _thread.joined = True  # also for a call that this one is made within
                 _agree(group, (0, 0), {}, error)
             raise
         finally:
@@ -74,16 +78,27 @@ def across(group: Group, strategy: str, scaling: str) -> dict[str, Any]:
         raise TypeError(
             f"group: expected a torch.distributed.ProcessGroup, 'world' or None, got {type(group).__name__}"
         )
+    if group is not None and group is dist.group.WORLD:
+        group = "world"  # which can be copied and pickled
     return {"group": group, "strategy": strategy, "scaling": scaling}
 
 
-def join(group: Group, strategy: str, scaling: str, name: str, rows: int, others: int = 0) -> Ranks:
+def join(
+    group: Group,
+    strategy: str,
+    scaling: str,
+    name: str,
+    rows: int,
+    others: int = 0,
+    features: Sequence[Tensor] | None = None,
+) -> Ranks:
     """The processes of a call, once they have agreed that it is the same call.
 
     Args:
         group: None: this process alone.
         name, rows: the argument whose rows, at least one, are this process's images, and how many they are.
         others: rows of a second argument.
+        features: the first argument as tensors [rows, ...], where it is not of that shape.
 
     Raises:
         TypeError, ValueError: on every process alike, where dtypes, dimensions but the first, whether
@@ -91,17 +106,21 @@ def join(group: Group, strategy: str, scaling: str, name: str, rows: int, others
             may be read is not finite; the message names the argument and the process.
     """
     across(group, strategy, scaling)
-    return ALONE if group is None else _join(group, strategy, scaling, name, rows, others)
+    return ALONE if group is None else _join(group, strategy, scaling, name, rows, others, features)
 
 
 @torch._disable_dynamo
-def _join(group, strategy, scaling, name, rows, others) -> Ranks:
+def _join(group, strategy, scaling, name, rows, others, features) -> Ranks:
     if dist.get_rank(group) < 0:
         raise ValueError("group: expected one that this process belongs to")
     if dist.get_world_size(group) == 1:
         return ALONE
     function, arguments = _thread.call
     given = {key: value for key, value in arguments.items() if key != "group"}
+    given |= {} if features is None else {name: list(features)}
+    device = _tensors(given[name])[0].device
+    if device.type == "cuda" and group._get_backend(device).name() == "gloo":
+        raise ValueError(f"group: expected one of NCCL for tensors on {device}, got Gloo's")
     error: Exception | None = None
     broken = [key for key, value in given.items() if not all(map(_finite, _tensors(value)))]
     if broken:
@@ -109,6 +128,8 @@ def _join(group, strategy, scaling, name, rows, others) -> Ranks:
     elif not rows:
         error = ValueError(f"{name}: expected at least one row on every process, got none")
     described = {"function": function, **{key: _described(value) for key, value in given.items()}}
+    if torch.is_autocast_enabled(device.type):
+        described["autocast"] = str(torch.get_autocast_dtype(device.type))
     _thread.joined = True
     counts = _agree(group, (rows, others), described, error)
     size = sum(x.numel() * x.element_size() for x in _tensors(given[name])) // rows
@@ -129,7 +150,8 @@ def _described(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_described, value))
     if not isinstance(value, Tensor):
-        return str(value)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return str(float(value) if is_number else value)
     shape = ", ".join(["*", *map(str, value.shape[1:])][: value.dim()])
     gradient = " with a gradient" if value.requires_grad and torch.is_grad_enabled() else ""
     return f"{str(value.dtype).removeprefix('torch.')} [{shape}]{gradient}"
@@ -143,27 +165,27 @@ def _agree(
     Raises:
         TypeError, ValueError: the error of the first process that has one, or what they differ in; on all.
     """
-    host, size = _host_group(group), dist.get_world_size(group)
+    host, size, rank = _host_group(group), dist.get_world_size(group), dist.get_rank(group)
     checksum = zlib.crc32(repr(sorted(described.items())).encode())
-    own = torch.tensor([error is not None, checksum, *counts])
-    every = own.new_empty(size * 4)
+    own = torch.tensor([rank, error is not None, checksum, *counts])
+    every = own.new_empty(size * 5)
     all_gather(every, own, group=host)
-    table = every.view(size, 4).tolist()
-    if not any(failed for failed, *_ in table) and len({check for _, check, *_ in table}) == 1:
-        return [(n, m) for _, _, n, m in table]
+    table = sorted(every.view(size, 5).tolist())  # the host's group may have another order
+    if not any(failed for _, failed, *_ in table) and len({check for _, _, check, *_ in table}) == 1:
+        return [(n, m) for *_, n, m in table]
     reports: list[Any] = [None] * size
     kind = next((k for k in KINDS if isinstance(error, k)), None)
-    dist.all_gather_object(reports, (kind, str(error), described), group=host)
-    names = dist.get_process_group_ranks(group)
-    for rank, (kind, message, _) in zip(names, reports, strict=True):
+    dist.all_gather_object(reports, (dist.get_rank(), kind, str(error), described), group=host)
+    reports.sort(key=lambda report: report[0])
+    for rank, kind, message, _ in reports:
         if kind is not None:
             raise kind(f"{message} (on rank {rank})") from error
-    first = reports[0][2]
-    for rank, (*_, other) in zip(names, reports, strict=True):
+    lowest, *_, first = reports[0]
+    for rank, *_, other in reports:
         for key in (*first, *other):
             if first.get(key) != other.get(key):
                 raise ValueError(
-                    f"{key}: expected the same on every process, got {first.get(key)} on rank {names[0]} and "
+                    f"{key}: expected the same on every process, got {first.get(key)} on rank {lowest} and "
                     f"{other.get(key)} on rank {rank}"
                 )
     raise AssertionError("checksums differ, descriptions do not")
@@ -177,5 +199,9 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     except RuntimeError:
         if group not in _host_groups:
             ranks = dist.get_process_group_ranks(group)
-            _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            options = getattr(group._get_backend(torch.device("cuda")), "options", None)
+            timeout = getattr(options, "_timeout", None)
+            _host_groups[group] = dist.new_group(
+                ranks, timeout=timeout, backend="gloo", use_local_synchronization=True
+            )
         return _host_groups[group]

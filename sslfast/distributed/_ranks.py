@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslfast.ops._backend import device_of
+
 # torch 2.13 gave them new names
 all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
@@ -133,11 +135,12 @@ class Ranks:
             What all processes have made of this one's shard.
         """
         shard = [x.contiguous() for x in shard]
-        if self.ring:
-            return self._ring(shard, work, lengths, carry, merge)
-        known = [] if known is None else known
-        known += [self.gathered(x, lengths) for x in shard[len(known) :]]
-        return self._gather(known, work, lengths, carry, merge)
+        with device_of(shard[0]):
+            if self.ring:
+                return self._ring(shard, work, lengths, carry, merge)
+            known = [] if known is None else known
+            known += [self.gathered(x, lengths) for x in shard[len(known) :]]
+            return self._gather(known, work, lengths, carry, merge)
 
     def _gather(self, everything, work, lengths, carry, merge) -> list[Tensor]:
         begins = [sum(lengths[:k]) for k in range(self.size + 1)]
@@ -166,7 +169,7 @@ class Ranks:
         goes on: to the process that makes its own of the same piece now, or home after the last."""
         size, device = self.size, shard[0].device
         row_bytes = sum(math.prod(x.shape[1:]) * x.element_size() for x in shard)
-        pieces = -(-max(lengths) * row_bytes // PIECE_BYTES)
+        pieces = max(1, -(-max(lengths) * row_bytes // PIECE_BYTES))
         begins = [sum(lengths[:k]) for k in range(size)]
 
         def place(p: int, k: int) -> slice:
@@ -282,7 +285,7 @@ def bytes_sent() -> int:
     return _traffic["sent"]
 
 
-ALONE = Ranks(None, [1])
+ALONE: Ranks = Ranks(None, [1])
 
 
 def world() -> dist.ProcessGroup | None:

@@ -324,10 +324,11 @@ class _BestRows(torch.autograd.Function):
 
         def work(begin: int, block: Sequence[Tensor]) -> Sequence[Tensor]:
             for k, (score, index) in enumerate(choose(begin, block)):
-                better = score > scores[k]
+                index = begin + index
+                better = (score > scores[k]) | ((score == scores[k]) & (index < places[k]))
                 scores[k] = torch.where(better, score, scores[k])
-                places[k] = torch.where(better, begin + index, places[k])
-                best[k] = torch.where(better[:, None], block[0][index], best[k])
+                places[k] = torch.where(better, index, places[k])
+                best[k] = torch.where(better[:, None], block[0][index - begin], best[k])
             return ()
 
         ranks.visit([x, *others], work, lengths)

@@ -65,6 +65,12 @@ def minus(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     return x - scale * y if isinstance(scale, Tensor) else torch.sub(x, y, alpha=scale)
 
 
+def halves(z: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of z that were made of x, and those of y; constants where x or y asks for no gradient."""
+    one, other = z[: len(x)], z[len(x) :]
+    return one if x.requires_grad else one.detach(), other if y.requires_grad else other.detach()
+
+
 def normalized(x: Tensor, dtype: torch.dtype) -> Tensor:
     return F.normalize(x.to(working_dtype(x)), dim=-1, eps=EPS).to(dtype)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sslfast.distributed import _sharded as sharded
 from sslfast.distributed._join import Group, across, collective, join
-from sslfast.losses._common import check_reduction, check_sides, compare_dtype, reduced, softplus
+from sslfast.losses._common import check_reduction, check_sides, compare_dtype, halves, reduced, softplus
 from sslfast.ops._check import check_tensor, scalar
 from sslfast.ops.pair_rows import pair_rows
 
@@ -39,14 +39,15 @@ def clip_loss(
     Raises:
         TypeError, ValueError: an invalid argument; the message names it.
     """
-    n = check_sides("image_features", image_features, "text_features", text_features)
+    check_sides("image_features", image_features, "text_features", text_features)
     scale = scalar("logit_scale", logit_scale, image_features)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image_features)
     check_reduction(reduction)
     ranks = join(group, strategy, scaling, "image_features", len(image_features))
     z, positive = pair_rows(image_features, text_features, False, compare_dtype(image_features))
     ids = ranks.images(image_features)
-    lse = sharded.similarity_lse(ranks, z[:n], z[n:], scale=scale, a_ids=ids, b_ids=ids, return_cols=True)
+    sides = halves(z, image_features, text_features)
+    lse = sharded.similarity_lse(ranks, *sides, scale=scale, a_ids=ids, b_ids=ids, return_cols=True)
     loss = reduced(softplus(torch.stack(tuple(lse)) - scale * positive).mean(0), reduction, ranks=ranks)
     return loss if bias is None else loss + 0 * bias
 

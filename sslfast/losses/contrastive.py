@@ -22,6 +22,7 @@ from sslfast.losses._common import (
     check_share,
     check_sides,
     compare_dtype,
+    halves,
     like_dtypes,
     minus,
     normalized,
@@ -162,7 +163,7 @@ def info_nce_loss(
     ids = ranks.images(query) if ids is None else ids
     dtype = compare_dtype(query)
     z, positive = pair_rows(query, key, normalize, dtype)
-    q, k = z[:n], z[n:]
+    q, k = halves(z, query, key)
     positive = scale * (positive - margin)
     lse = sharded.similarity_lse(ranks, q, k, scale=scale, a_ids=ids, b_ids=ids, return_cols=symmetric)
     if isinstance(lse, tuple):
@@ -220,7 +221,7 @@ def multiview_ntxent_loss(
     count, n, _ = z.shape
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z)
-    ranks = join(group, strategy, scaling, "views", n)
+    ranks = join(group, strategy, scaling, "views", n, features=z.unbind(0))
     ids = ranks.images(z[0]) if ids is None else ids
     z = normalized(z, compare_dtype(z)) if normalize else z.to(compare_dtype(z))
     negatives = sharded.similarity_lse(ranks, z.flatten(0, 1), scale=scale, a_ids=ids.repeat(count))

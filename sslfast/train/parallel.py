@@ -1,5 +1,6 @@
 """Gradients of several processes: torch's DistributedDataParallel around a method's training_step."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -26,6 +27,8 @@ class Parallel:
     """
 
     def __init__(self, model: nn.Module, step: Step) -> None:
+        # of an image of one channel: two names of one layout
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.module = DistributedDataParallel(_Step(model, step))
         self.module.broadcast_buffers = False
