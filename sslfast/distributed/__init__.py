@@ -30,8 +30,8 @@ for float64), beside scalars and the 32 bytes in which the processes agree on a 
     symmetric, CLIP    n          (W - 1) R (D e + 8 + g)       (W - 1) R (D e + 8 + 2 g + D g)
     SigLIP             n          (W - 1) R (D e + 8 + D g)     0
 
-Without a gradient to columns their D g is not sent. A gather's backward pass has the features and ids already,
-(W - 1) R (D e + 8) less, and its log-sum-exps of columns take 3 g instead of g.
+Without a gradient to columns their D g is not sent. A gather's backward pass has the features and ids
+already, (W - 1) R (D e + 8) less, and its log-sum-exps of columns take 3 g instead of g.
 
 Before a call its arguments are compared, from host to host, without waiting for a device. What one process
 alone finds wrong, be it a type, a dimension or an option that differs, no rows, or (on a CPU, or with
