@@ -91,7 +91,7 @@ def ntxent_loss(
     if ids is not None:
         check_tensor("ids", ids, (torch.int64,), (n,), z1)
     ranks = join(group, strategy, scaling, "z1", len(z1))
-    ids = (ranks.images(z1) if ids is None else ids).repeat(2)
+    ids = torch.cat((ranks.images(z1) if ids is None else ids,) * 2)
     z, positive = pair_rows(z1, z2, normalize, compare_dtype(z1))
     negatives = sharded.similarity_lse(ranks, z, scale=scale, a_ids=ids)
     terms = softplus(minus(negatives.view(2, n), positive, scale))

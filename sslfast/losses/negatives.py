@@ -133,7 +133,7 @@ def hard_negative_ntxent_loss(
 def _rows(z1: Tensor, z2: Tensor, normalize: bool, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of both views [2B, D], products of the pairs [B], images of the rows [2B]."""
     z, positive = pair_rows(z1, z2, normalize, compare_dtype(z1))
-    return z, positive, ranks.images(z1).repeat(2)
+    return z, positive, torch.cat((ranks.images(z1),) * 2)
 
 
 class DCLLoss(nn.Module):
