@@ -317,6 +317,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("ema_update_cuda", &ema_update_on_gpu, unlocked);
 #endif
   bind_patches(m);
+  bind_augment_views(m);
   bind_sinkhorn(m);
   bind_soft_cross_entropy(m);
   bind_similarity_lse<float>(m, "SimilarityLseF32");

@@ -14,6 +14,7 @@
 
 namespace sslfast {
 
+void bind_augment_views(pybind11::module_& m);
 void bind_patches(pybind11::module_& m);
 void bind_sinkhorn(pybind11::module_& m);
 void bind_soft_cross_entropy(pybind11::module_& m);

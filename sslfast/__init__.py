@@ -41,7 +41,11 @@ from sslfast.losses import (
     update_center_,
 )
 from sslfast.ops import (
+    PackedImages,
     PatchMask,
+    ViewParams,
+    ViewSpec,
+    augment_views,
     available_backends,
     block_patch_mask,
     ema_update_,
@@ -49,11 +53,13 @@ from sslfast.ops import (
     gather_patches,
     masked_patch_l1,
     masked_patch_mse,
+    pack_images,
     random_patch_mask,
     restore_patches,
     similarity_lse,
     soft_cross_entropy,
     use_backend,
+    view_specs,
 )
 from sslfast.teacher import EMATeacher, cosine_momentum
 
@@ -71,10 +77,14 @@ __all__ = [
     "MAELoss",
     "MoCoLoss",
     "NTXentLoss",
+    "PackedImages",
     "PatchMask",
     "SigLIPLoss",
     "SupConLoss",
+    "ViewParams",
+    "ViewSpec",
     "__version__",
+    "augment_views",
     "available_backends",
     "block_patch_mask",
     "byol_loss",
@@ -100,6 +110,7 @@ __all__ = [
     "multiview_ntxent_loss",
     "nnclr_loss",
     "ntxent_loss",
+    "pack_images",
     "random_patch_mask",
     "restore_patches",
     "siglip_loss",
@@ -111,4 +122,5 @@ __all__ = [
     "triplet_margin_loss",
     "update_center_",
     "use_backend",
+    "view_specs",
 ]

@@ -27,6 +27,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "soft_cross_entropy": {"cpu": ("cpu",), "cuda": ("triton",)},
     "head_cross_entropy": {"cpu": ("cpu",), "cuda": ("triton",)},
     "sinkhorn_pass": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "augment_views": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 # `Float` in csrc/floats.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sslfast.testing import (
+    _augment_views,
     _ema,
     _patch_mask,
     _patches,
@@ -66,6 +67,7 @@ CASES: dict[str, list[Any]] = {
     "soft_cross_entropy": _soft_cross_entropy.CASES,
     "head_cross_entropy": _prototypes.HEAD_CASES,
     "sinkhorn_pass": _prototypes.SINKHORN_CASES,
+    "augment_views": _augment_views.CASES,
 }
 OPS: dict[str, Op] = {
     "similarity_lse": _similarity_lse.OP,
@@ -80,6 +82,7 @@ OPS: dict[str, Op] = {
     "soft_cross_entropy": _soft_cross_entropy.OP,
     "head_cross_entropy": _prototypes.HEAD_OP,
     "sinkhorn_pass": _prototypes.SINKHORN_OP,
+    "augment_views": _augment_views.OP,
 }
 
 
