@@ -19,6 +19,7 @@ constexpr int kWide = 8;
 constexpr int kWide = 4;
 #endif
 typedef float Vector __attribute__((vector_size(4 * kWide)));
+typedef float Loose __attribute__((vector_size(4 * kWide), aligned(4), may_alias));  // wherever it lies
 
 // out[x] = sum of taps weights[k] * rows[k][x]; four vectors at a time stay in registers.
 inline void mix(const float* const* rows, const float* weights, int taps, int64_t n, float* out) {
@@ -26,23 +27,17 @@ inline void mix(const float* const* rows, const float* weights, int taps, int64_
   for (; x + 4 * kWide <= n; x += 4 * kWide) {
     Vector a = {}, b = {}, c = {}, d = {};
     for (int k = 0; k < taps; ++k) {
-      const float* row = rows[k] + x;
+      const Loose* row = reinterpret_cast<const Loose*>(rows[k] + x);
       const float w = weights[k];
-      Vector r[4];
-      std::memcpy(r, row, sizeof r);
-      a += w * r[0], b += w * r[1], c += w * r[2], d += w * r[3];
+      a += w * row[0], b += w * row[1], c += w * row[2], d += w * row[3];
     }
-    const Vector all[4] = {a, b, c, d};
-    std::memcpy(out + x, all, sizeof all);
+    Loose* to = reinterpret_cast<Loose*>(out + x);
+    to[0] = a, to[1] = b, to[2] = c, to[3] = d;
   }
   for (; x + kWide <= n; x += kWide) {
     Vector a = {};
-    for (int k = 0; k < taps; ++k) {
-      Vector r;
-      std::memcpy(&r, rows[k] + x, sizeof r);
-      a += weights[k] * r;
-    }
-    std::memcpy(out + x, &a, sizeof a);
+    for (int k = 0; k < taps; ++k) a += weights[k] * *reinterpret_cast<const Loose*>(rows[k] + x);
+    *reinterpret_cast<Loose*>(out + x) = a;
   }
   for (; x < n; ++x) {
     float sum = 0;
@@ -55,16 +50,11 @@ inline void mix(const float* const* rows, const float* weights, int taps, int64_
 inline float dot(const float* x, const float* y, int64_t n) {
   Vector sum = {};
   for (int64_t k = 0; k < n; k += kWide) {
-    Vector a, b;
-    std::memcpy(&a, x + k, sizeof a), std::memcpy(&b, y + k, sizeof b);
-    sum += a * b;
+    sum += *reinterpret_cast<const Loose*>(x + k) * *reinterpret_cast<const Loose*>(y + k);
   }
-  float part[kWide];
-  std::memcpy(part, &sum, sizeof part);
-  for (int half = kWide / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+  float total = 0;
+  for (int i = 0; i < kWide; ++i) total += sum[i];
+  return total;
 }
 
 // out[x] = sum of taps weights[k][x] * row[starts[x] + k]
