@@ -199,13 +199,12 @@ inline int64_t reflected(int64_t i, int64_t n) {
   return i < period - i ? i : period - i;
 }
 
-// out = scale * (x, or 1 - x from the threshold on) + shift
+// out = scale * (x, or 1 - x from the threshold on) + shift; x may be outside [0, 1] by a rounding
 template <class T>
 inline void finish_row(const float* x, int64_t n, float threshold, float scale, float shift, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float y = x[i] >= threshold ? 1 - x[i] : x[i];
-    const float z = y * scale + shift;
+    const float y = clip(x[i]), z = (y >= threshold ? 1 - y : y) * scale + shift;
     out[i] = Narrow<T>::from(z);
   }
 }
@@ -214,8 +213,8 @@ template <>
 inline void finish_row<float>(const float* x, int64_t n, float threshold, float scale, float shift, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float y = x[i] >= threshold ? 1 - x[i] : x[i];
-    out[i] = y * scale + shift;
+    const float y = clip(x[i]);
+    out[i] = (y >= threshold ? 1 - y : y) * scale + shift;
   }
 }
 

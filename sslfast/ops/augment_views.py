@@ -110,6 +110,7 @@ def reference_view(image: Tensor, view: View, row: list[float]) -> Tensor:
         x = to_gray(x).expand_as(x)
     if view.steps & BLUR and sigma:
         x = blur(x, sigma, view.radius)
+    x = x.clamp(0, 1)  # weights add up to 1 but for rounding
     if view.steps & SOLARIZE:
         x = torch.where(x >= threshold, 1 - x, x)
     scale, shift = (x.new_tensor(numbers).view(-1, 1, 1) for numbers in (view.scale, view.shift))
