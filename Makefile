@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/ema.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/masking.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/augment.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/prototypes.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/losses.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/distributed.py --json-out benchmarks/results

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-NEEDS_TRAIN = {"tyro", "rich", "matplotlib", "PIL", "safetensors", "kornia", "mlxtend", "sklearn", "skimage"}
+NEEDS_TRAIN = {"tyro", "rich", "matplotlib", "PIL", "safetensors", "mlxtend", "sklearn", "skimage"}
 
 PATIENCE = 5.0
 """Seconds in which the first process says what is wrong, before torchrun ends it as another has ended."""

@@ -14,7 +14,7 @@ from sslfast.cli import main
 def test_import_is_light(tmp_path):
     code = (
         "import sys, sslfast; "
-        "heavy = {'triton', 'matplotlib', 'sklearn', 'kornia', 'rich', 'tyro', 'PIL', 'mlxtend', "
+        "heavy = {'triton', 'matplotlib', 'sklearn', 'rich', 'tyro', 'PIL', 'mlxtend', "
         "'sslfast.train'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -190,7 +190,7 @@ def test_head_is_weight_norm_and_copies(tmp_path):
 @pytest.mark.parametrize("preset", ["dino", "simclr", "mae", "mnist"])
 @pytest.mark.parametrize("channels, size", [(3, 48), (1, 28)])
 def test_multi_crop(preset, channels, size):
-    images = torch.rand(50, channels, size, size)
+    images = torch.randint(0, 256, (50, channels, size, size), dtype=torch.uint8)
     views = augment.multi_crop(preset, size, channels, 3, 12, 0.4)
     torch.manual_seed(3)
     first = views(images)
@@ -219,7 +219,7 @@ def test_views_of_one_size_go_through_the_encoder_together():
 
 def test_a_vit_takes_small_crops_with_interpolated_positions(tmp_path):
     model, cfg = build(tmp_path, backbone="vit_nano", patch_size=4, local_crops=2)
-    views = model.views(cfg, 1, 12)(torch.rand(8, 1, 12, 12))
+    views = model.views(cfg, 1, 12)(torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8))
     assert [x.shape[-1] for x in views] == [12, 12, 4, 4]
     loss, metrics = model.training_step(views)
     assert loss.isfinite() and metrics["embeddings"].shape == (8, 12)

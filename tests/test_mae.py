@@ -83,10 +83,11 @@ def test_masks_of_nothing_and_of_everything(ratio, tmp_path):
 
 def test_one_view_of_crops_and_flips_alone(tmp_path):
     model, cfg = build(tmp_path, data="photos", augment="auto", size=24)
-    (view,) = model.views(cfg, 3, 24)(torch.rand(8, 3, 1, 1).expand(8, 3, 24, 24).contiguous())
+    colours = torch.randint(0, 256, (8, 3, 1, 1), dtype=torch.uint8)
+    (view,) = model.views(cfg, 3, 24)(colours.expand(8, 3, 24, 24).contiguous())
     assert view.shape == (8, 3, 24, 24)
     assert (view - view[:, :, :1, :1]).abs().max() < 1e-5  # a colour stays one, and which
-    (same,) = augment.one_view("mnist", 24, 1)(torch.rand(8, 1, 24, 24))
+    (same,) = augment.one_view("mnist", 24, 1)(torch.randint(0, 256, (8, 1, 24, 24), dtype=torch.uint8))
     assert same.shape == (8, 1, 24, 24)
 
 

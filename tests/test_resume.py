@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_weights, config, timeless, weights
+from train_processes import noted_views
 
 from sslfast.cli import main
 from sslfast.train import checkpoint, data, loop
@@ -75,6 +76,30 @@ def test_resuming_in_the_middle_of_an_epoch_of_decoded_images(class_folder, tmp_
     monkeypatch.setattr(data, "MEMORY", 0)
     loop.train("simclr", config(runs[1].out, f"folder:{class_folder}", image_size=16, workers=1, resume=True))
     assert_same_weights(weights(runs[0]), weights(runs[1]))
+
+
+def test_views_go_on_whatever_was_drawn_before(images, tmp_path, interrupt):
+    """In the middle of an epoch, with all random states lost; and each epoch has views of its own."""
+    with noted_views() as whole:
+        loop.train("simclr", config(tmp_path / "whole", images, augment="simclr"))
+    cut = config(tmp_path / "cut", images, augment="simclr")
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train("simclr", cut)
+    state = checkpoint.load(cut.out / "checkpoint.safetensors")
+    torch.manual_seed(99)
+    checkpoint.save(
+        cut.out / "checkpoint.safetensors", {**state, "random": checkpoint.random_state(CPU), "done": 3}
+    )
+    with noted_views() as rest:
+        loop.train("simclr", config(cut.out, images, augment="simclr", resume=True))
+    assert len(rest) == 5 and all(torch.equal(*views) for views in zip(rest, whole[3:], strict=True))
+    first, second = {}, {}
+    for epoch, of_image in enumerate((first, second)):
+        rows = torch.cat(loop.order(39, 8, 0, epoch)[:4]).tolist()
+        of_image |= zip(rows, torch.cat(whole[4 * epoch :][:4], 1).unbind(1), strict=True)
+    assert len(both := first.keys() & second.keys()) > 20
+    assert not any(torch.equal(first[image], second[image]) for image in both)
 
 
 def test_resuming_a_finished_run_only_evaluates(images, tmp_path, capsys):

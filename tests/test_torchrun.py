@@ -139,6 +139,17 @@ def test_each_batch_is_cut_in_the_order_of_the_processes(found):
         assert torch.equal(batch, expected)
 
 
+def test_two_processes_draw_the_views_that_one_draws(found, tmp_path):
+    data, sizes = f"folder:{found[1] / 'labelled'}", dict(hidden_dim=24, projection_dim=12)
+    with train_processes.noted_views() as alone:
+        loop.train(
+            "byol", train_processes.small("byol", tmp_path / "one", data, **train_processes.KNN, **sizes)
+        )
+    both = [torch.cat(parts, 1) for parts in zip(*(each["views"] for each in found[0]), strict=True)]
+    assert len(both) == len(alone) == 4
+    assert all(torch.equal(*views) for views in zip(both, alone, strict=True))
+
+
 @pytest.mark.accuracy
 def test_three_processes_go_on_bitwise(images, tmp_path):
     """Sums of three numbers depend on their order."""

@@ -4,7 +4,8 @@ import copy
 import math
 import os
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -160,6 +161,8 @@ def monitored() -> tuple[dict, str | None, dict]:
 
 # Runs.
 
+KNN = dict(image_size=16, knn_every=1, epochs=1, augment="byol")
+
 
 def small(method: str, out, data: str, **changes):
     values = dict(
@@ -185,10 +188,23 @@ def runs(folder, images: str, labelled) -> dict:
     with mock.patch.object(
         ImageSet, "batches", lambda self, rows, *rest: seen.append(rows) or batches(self, rows, *rest)
     ):
-        knn = dict(image_size=16, knn_every=1, epochs=1)
-        loop.train("byol", small("byol", folder / "knn", f"folder:{labelled}", **knn, **byol))
+        with noted_views() as found["views"]:
+            loop.train("byol", small("byol", folder / "knn", f"folder:{labelled}", **KNN, **byol))
     found["rows"] = seen[0]  # the first is for training
     return found
+
+
+@contextmanager
+def noted_views() -> Iterator[list]:
+    """A list that gets the views [V, B, C, H, W] of each batch that is trained on."""
+    noted, backward = [], loop.Update.backward
+
+    def noting(self, views):
+        noted.append(torch.stack(tuple(views)))
+        return backward(self, views)
+
+    with mock.patch.object(loop.Update, "backward", noting):
+        yield noted
 
 
 def moco_runs(rank: int, folder, images: str) -> None:

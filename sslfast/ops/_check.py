@@ -60,6 +60,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def check_count(name: str, value: int, counts: tuple[int, ...]) -> None:
+    """An integer, one of a few."""
+    if not isinstance(value, int) or isinstance(value, bool) or value not in counts:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, counts))}, got {value!r}")
+
+
 def check_integer(name: str, value: int, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")

@@ -1,25 +1,25 @@
 """augment_views: random views of uint8 images, all views of an image in one call.
 
 What is random is drawn first (view_params.py), on the device, so that every backend makes the same views of
-it. The reference below is the definition of each step.
+it. The reference below, with view_steps.py, is the definition.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from sslfast import _C
 from sslfast.ops import _backend
-from sslfast.ops._check import FLOATS, check_tensor, may_read, traced
+from sslfast.ops._check import FLOATS, check_tensor, traced
 from sslfast.ops._library import define
 from sslfast.ops.packed_images import LARGEST_IMAGE, LARGEST_SIDE, PackedImages
 from sslfast.ops.patch_mask import device_for
 from sslfast.ops.view_params import ViewParams, draw
 from sslfast.ops.view_specs import ViewSpec, checked
+from sslfast.ops.view_steps import ADJUST, blur, resize, to_gray, warp
 
-GRAY = (0.299, 0.587, 0.114)
 BICUBIC, JITTER, GRAY_OUT, GRAY_FIRST, BLUR, SOLARIZE, AFFINE = (1 << i for i in range(7))  # View.steps
 
 
@@ -33,7 +33,7 @@ class Source(NamedTuple):
     sizes: Tensor
     """int64 [B, 2]: height, width"""
     layout: tuple[int, int, int, int]
-    """channels, and strides of channel, row and column; a row's 0: that of each image's own width"""
+    """channels, and strides of channel, row and column; -1: rows follow each other"""
 
 
 class View(NamedTuple):
@@ -75,11 +75,12 @@ def reference(source: Source, params: Tensor, views: Sequence[View], dtype: torc
         zip(source.offsets.tolist(), source.sizes.tolist(), strict=True)
     ):
         channels, *strides = source.layout
-        strides[1] = strides[1] or width * strides[2]
+        strides[1] = width * strides[2] if strides[1] < 0 else strides[1]
         offset += source.data.storage_offset()
         image = source.data.as_strided((channels, height, width), strides, offset).to(work)
         for view, row, out in zip(views, params[:, b].tolist(), made, strict=True):
-            out.append(reference_view(image / 255, view, row).to(dtype))
+            with torch.autocast(image.device.type, enabled=False):
+                out.append(reference_view(image / 255, view, row).to(dtype))
     empty = [(0, view.channels, view.height, view.width) for view in views]
     data = source.data
     return [
@@ -115,95 +116,6 @@ def reference_view(image: Tensor, view: View, row: list[float]) -> Tensor:
         x = torch.where(x >= threshold, 1 - x, x)
     scale, shift = (x.new_tensor(numbers).view(-1, 1, 1) for numbers in (view.scale, view.shift))
     return x * scale + shift
-
-
-def to_gray(x: Tensor) -> Tensor:
-    """[C, h, w] -> [1, h, w]"""
-    return x if len(x) == 1 else (x * x.new_tensor(GRAY).view(3, 1, 1)).sum(0, keepdim=True)
-
-
-def resize(x: Tensor, size: tuple[int, int], bicubic: bool) -> Tensor:
-    """Rows, then columns, each clipped to [0, 1] as Pillow clips them; it also rounds them to 8 bits."""
-    x = (x @ resize_weights(x, x.shape[2], size[1], bicubic).T).clamp(0, 1)
-    return (resize_weights(x, x.shape[1], size[0], bicubic) @ x).clamp(0, 1)
-
-
-def resize_weights(x: Tensor, before: int, after: int, bicubic: bool) -> Tensor:
-    """[after, before]: Pillow's filters, a triangle or Keys' cubic with a = -0.5, widened when shrinking."""
-    at = torch.arange(after, device=x.device, dtype=x.dtype) + 0.5
-    pixel = torch.arange(before, device=x.device, dtype=x.dtype) + 0.5
-    t = (pixel - at.unsqueeze(1) * (before / after)).abs() / max(1.0, before / after)
-    if bicubic:
-        near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-        weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
-    else:
-        weights = (1 - t).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def warp(x: Tensor, matrix: Sequence[float]) -> Tensor:
-    """Bilinear, 0 outside; see ViewParams.affine."""
-    height, width = x.shape[1:]
-    if list(matrix) == [1, 0, 0, 0, 1, 0]:
-        return x
-    y = (torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2).unsqueeze(1)
-    x_ = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
-    column = matrix[0] * x_ + matrix[1] * y + matrix[2] + (width - 1) / 2
-    row = matrix[3] * x_ + matrix[4] * y + matrix[5] + (height - 1) / 2
-    left, top = column.floor(), row.floor()
-    out = torch.zeros_like(x)
-    for down in (0, 1):
-        for right in (0, 1):
-            weight = (1 - (row - top - down).abs()) * (1 - (column - left - right).abs())
-            r, c = top + down, left + right
-            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            pixel = x[:, r.clamp(0, height - 1).long(), c.clamp(0, width - 1).long()]
-            out = out + torch.where(inside, weight, 0) * pixel
-    return out
-
-
-def brightness(x: Tensor, factor: float) -> Tensor:
-    return (factor * x).clamp(0, 1)
-
-
-def contrast(x: Tensor, factor: float) -> Tensor:
-    return (factor * x + (1 - factor) * to_gray(x).mean()).clamp(0, 1)
-
-
-def saturation(x: Tensor, factor: float) -> Tensor:
-    return x if len(x) == 1 else (factor * x + (1 - factor) * to_gray(x)).clamp(0, 1)
-
-
-def hue(x: Tensor, turns: float) -> Tensor:
-    """Through hue in sixths of a turn, value and chroma."""
-    if len(x) == 1 or turns == 0:
-        return x
-    r, g, b = x
-    value = x.amax(0)
-    chroma = value - x.amin(0)
-    by = torch.where(chroma > 0, chroma, 1)
-    sixth = torch.where(value == r, (g - b) / by, torch.where(value == g, (b - r) / by + 2, (r - g) / by + 4))
-    k = (sixth + 6 * turns + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-ADJUST: tuple[Callable[[Tensor, float], Tensor], ...] = (brightness, contrast, saturation, hue)
-
-
-def blur(x: Tensor, sigma: float, radius: int) -> Tensor:
-    for _ in range(2):
-        x = x.transpose(1, 2) @ blur_weights(x, x.shape[1], sigma, radius).T
-    return x
-
-
-def blur_weights(x: Tensor, n: int, sigma: float, radius: int) -> Tensor:
-    """[n, n]: a Gaussian cut at the radius, pixels outside being reflected, as often as it takes."""
-    distance = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-(distance.to(x.dtype) ** 2) / (2 * sigma**2), 0)
-    period = max(1, 2 * (n - 1))
-    at = (torch.arange(n, device=x.device).unsqueeze(1) + distance) % period
-    at = torch.minimum(at, period - at) if n > 1 else at
-    return x.new_zeros(n, n).scatter_add_(1, at, kernel.expand(n, -1))
 
 
 # Backends
@@ -297,7 +209,7 @@ def _number(device: torch.device, generator: torch.Generator | None) -> Tensor:
 
 def _source(images: Tensor | PackedImages) -> Source:
     if isinstance(images, PackedImages):
-        layout = images.channels, 1, 0, images.channels
+        layout = images.channels, 1, -1, images.channels
         data, offsets, sizes = (x.contiguous() for x in (images.data, images.offsets, images.sizes))
         return Source(data, offsets, sizes, layout)
     if not isinstance(images, Tensor):
@@ -318,6 +230,32 @@ def _source(images: Tensor | PackedImages) -> Source:
     sizes = torch.empty(batch, 2, dtype=torch.int64, device=images.device)
     sizes[:, 0], sizes[:, 1] = height, width
     return Source(images, offsets, sizes, (channels, strides[1], strides[2], strides[3]))
+
+
+@overload
+def augment_views(
+    images: Tensor | PackedImages,
+    view_specs: str | Sequence[ViewSpec],
+    *,
+    size: int | tuple[int, int] = 224,
+    generator: torch.Generator | None = None,
+    out_dtype: torch.dtype | None = None,
+    params: ViewParams | None = None,
+    return_params: Literal[False] = False,
+    ids: Tensor | None = None,
+) -> list[Tensor]: ...
+@overload
+def augment_views(
+    images: Tensor | PackedImages,
+    view_specs: str | Sequence[ViewSpec],
+    *,
+    size: int | tuple[int, int] = 224,
+    generator: torch.Generator | None = None,
+    out_dtype: torch.dtype | None = None,
+    params: ViewParams | None = None,
+    return_params: Literal[True],
+    ids: Tensor | None = None,
+) -> tuple[list[Tensor], ViewParams]: ...
 
 
 def augment_views(
@@ -369,9 +307,10 @@ def augment_views(
         if generator is not None or ids is not None:
             given = "ids" if generator is None else "generator"
             raise ValueError(f"{given}: expected None with params given, which leaves nothing to draw")
-        params.check(specs, source.sizes, may_read(params.table))
+        params.check(specs, source.sizes)
     else:
-        if device_for(device, generator) is not None and generator is not None and generator.device != device:
+        device_for(device, generator)
+        if generator is not None and generator.device.index not in (None, device.index):
             raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")
         seed = _number(device, generator)
         if ids is None:

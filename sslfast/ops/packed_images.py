@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.ops._check import check_tensor, may_read
+from sslfast.ops._check import check_count, check_tensor, may_read
 
 LARGEST_SIDE, LARGEST_IMAGE = 65535, 1 << 28  # pixels
 
@@ -36,8 +37,7 @@ class PackedImages:
         check_tensor("data", self.data, (torch.uint8,), (None,))
         check_tensor("offsets", self.offsets, (torch.int64,), (None,), self.data)
         check_tensor("sizes", self.sizes, (torch.int64,), (len(self.offsets), 2), self.data)
-        if self.channels not in (1, 2, 3, 4):
-            raise ValueError(f"channels: expected 1, 2, 3 or 4, got {self.channels!r}")
+        check_count("channels", self.channels, (1, 2, 3, 4))
         if may_read(self.data) and len(self.offsets):
             height, width = self.sizes.unbind(1)
             if bool((self.sizes < 1).any()):
@@ -47,11 +47,13 @@ class PackedImages:
                 raise ValueError(
                     f"sizes: expected at most {LARGEST_SIDE} pixels a side and {LARGEST_IMAGE} in all"
                 )
-            end = self.offsets + height * width * self.channels
-            if bool(((self.offsets < 0) | (end > len(self.data))).any()):
+            last = len(self.data) - height * width * self.channels
+            wrong = (self.offsets < 0) | (self.offsets > last)
+            if bool(wrong.any()):
+                image = int(wrong.nonzero()[0, 0])
                 raise ValueError(
-                    f"offsets: expected images within the {len(self.data)} bytes of data, got one from "
-                    f"{int(self.offsets.min())} and one to {int(end.max())}"
+                    f"offsets: expected images within the {len(self.data)} bytes of data, got one of "
+                    f"{self.sizes[image].tolist()} pixels from {int(self.offsets[image])} on"
                 )
 
     def __len__(self) -> int:
@@ -85,12 +87,13 @@ def pack_images(images: Sequence[Any], channels: int = 3) -> PackedImages:
         TypeError, ValueError: an image of another dtype or shape, or without pixels; the message has its
             index.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
+    check_count("channels", channels, (1, 3))
+    if isinstance(images, Tensor | str) or not isinstance(images, Sequence):
+        raise TypeError(f"images: expected a list of images, got {type(images).__name__}")
     pixels = [_pixels(f"images[{i}]", image, channels) for i, image in enumerate(images)]
-    sizes = torch.tensor([x.shape[:2] for x in pixels], dtype=torch.int64).view(-1, 2)
+    sizes = torch.tensor([x.shape[:2] for x in pixels], dtype=torch.int64, device="cpu").view(-1, 2)
     counts = sizes.prod(1) * channels
-    data = torch.empty(int(counts.sum()), dtype=torch.uint8)
+    data = torch.empty(int(counts.sum()), dtype=torch.uint8, device="cpu")
     for part, x in zip(data.split(counts.tolist()), pixels, strict=True):
         part.view(x.shape).copy_(x)
     return PackedImages(data, counts.cumsum(0) - counts, sizes, channels)
@@ -99,15 +102,14 @@ def pack_images(images: Sequence[Any], channels: int = 3) -> PackedImages:
 def _pixels(name: str, image: Any, channels: int) -> Tensor:
     """uint8 [H, W, channels]"""
     if hasattr(image, "convert") and hasattr(image, "mode"):  # Pillow's, which is not imported for this
-        import numpy as np
-
         image = np.array(image.convert("RGB" if channels == 3 else "L"))
     if isinstance(image, Tensor):
         x = image if image.dim() != 3 else image.permute(1, 2, 0)
-    elif hasattr(image, "__array_interface__"):
+    elif isinstance(image, np.ndarray):
         if str(image.dtype) != "uint8":
             raise TypeError(f"{name}: expected uint8, got {image.dtype}")
-        x = torch.from_numpy(image.copy() if any(s < 0 for s in image.strides) else image)
+        plain = image.flags.writeable and all(stride >= 0 for stride in image.strides)
+        x = torch.from_numpy(image if plain else image.copy())
     else:
         raise TypeError(f"{name}: expected a Pillow image, an array or a tensor, got {type(image).__name__}")
     x = x.unsqueeze(2) if x.dim() == 2 else x

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from sslfast.ops._check import check_choice, check_integer, number
+from sslfast.ops._check import check_choice, check_count, check_integer, number
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST = 8192  # side of a view, and radius of a blur
@@ -78,8 +78,7 @@ class ViewSpec:
                 object.__setattr__(self, field.name, tuple(value))
         if self.size is not None:
             object.__setattr__(self, "size", pair_of_sizes("size", self.size))
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels: expected 1 or 3, got {self.channels!r}")
+        check_count("channels", self.channels, (1, 3))
         for name in ("flip_prob", "affine_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
             if not 0 <= number(name, getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
@@ -224,6 +223,8 @@ def view_specs(
     if not isinstance(size, int):
         raise TypeError(f"size: expected the side of a square, got {size!r}")
     check_integer("local_crops", local_crops, 0)
+    if local_size is not None:
+        pair_of_sizes("local_size", local_size)
     if not 0.05 <= number("crop_area", crop_area) <= 1:
         raise ValueError(f"crop_area: expected a number in [0.05, 1], got {crop_area}")
     if preset == "dino":  # Caron et al. 2021

@@ -1,93 +1,82 @@
-"""Batched augmentations on the training device, by kornia. Images are float in [0, 1], [B, C, H, W]."""
+"""Views of a batch of images to train on, made on its device by `sslfast.augment_views`."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sslfast.ops import augment_views, view_specs
+from sslfast.ops.view_specs import PRESETS, ViewSpec
+
+PRETRAINING, FINETUNING = 0, 1  # each has views of its own
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a view is made: a crop of at least `area` of the image and at most `most`, then what has a
-    probability, then a flip.
+class Views:
+    """Maps uint8 images [B, C, H, W] to a float32 view of each spec, [B, C, h, w] in channels_last."""
 
-    jitter: strengths of brightness, contrast, saturation and hue, in random order. colours: whether a view
-    may have other ones, or none.
+    specs: tuple[ViewSpec, ...]
+
+    def __call__(
+        self, images: Tensor, ids: Tensor | None = None, seed: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """An image's views depend on its id, int64 [B], by default its place in the batch, and on the seed,
+        by default a number that the device's generator gives."""
+        generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
+        views = augment_views(images, self.specs, ids=ids, generator=generator)
+        return tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
+
+
+def epoch_seed(seed: int, epoch: int, stream: int = PRETRAINING) -> int:
+    """The seed of all views of an epoch.
+
+    It is the same for each batch, so that an image's views depend on it and on the image's id alone: not on
+    the batch, the number of processes, or what was drawn before, which a run that goes on would have to draw
+    again. Batches differ nevertheless, since an image comes once in an epoch.
     """
-
-    area: float = 0.08
-    most: float = 1.0
-    bicubic: bool = False
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    jitter_probability: float = 0.8
-    gray_first: bool = False
-    colours: bool = True
-    blur: float = 0.5
-    solarize: float = 0.0
+    numbers = np.random.SeedSequence(seed, spawn_key=(stream, epoch))
+    return int(numbers.generate_state(1, np.uint64)[0])
 
 
-_V3 = (0.4, 0.4, 0.2, 0.1)
-# For each preset the recipes of the two views, as the official code has them.
-RECIPES: dict[str, tuple[Recipe, Recipe]] = {
-    "simclr": (Recipe(), Recipe()),  # its colour strength for small images, 0.5
-    "mocov1": (Recipe(0.2, jitter=(0.4,) * 4, jitter_probability=1.0, gray_first=True, blur=0.0),) * 2,
-    "mocov2": (Recipe(0.2), Recipe(0.2)),
-    "mocov3": (Recipe(0.2, jitter=_V3, blur=1.0), Recipe(0.2, jitter=_V3, blur=0.1, solarize=0.2)),
-    "byol": (
-        Recipe(bicubic=True, jitter=_V3, blur=1.0),
-        Recipe(bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
-    ),
-    "dino": (
-        Recipe(0.4, bicubic=True, jitter=_V3, blur=1.0),
-        Recipe(0.4, bicubic=True, jitter=_V3, blur=0.1, solarize=0.2),
-    ),
-    "mae": (Recipe(0.2, bicubic=True, colours=False, blur=0.0),) * 2,
-}
-
-
-def two_views(preset: str, image_size: int, channels: int) -> nn.Module:
-    """A module that maps [B, C, H, W] to two such tensors: two random views of each image.
+def two_views(preset: str, image_size: int, channels: int) -> Views:
+    """Two views of each image.
 
     Args:
-        preset: a key of RECIPES, without blur up to 32 pixels and without colours for grey images; or
-            "mnist": small affine maps, since digits are neither mirrored nor coloured.
+        preset: one of `sslfast.view_specs`; of grey images without its changes of colour.
 
     Raises:
         ValueError: an unknown preset.
     """
-    kinds = [_mnist()] if preset == "mnist" else _views(preset, image_size, channels)
-    return _Views(kinds, copies=2 // len(kinds))
+    return Views(_specs(preset, image_size, channels))
 
 
-def one_view(preset: str, image_size: int, channels: int) -> nn.Module:
-    """A module that maps [B, C, H, W] to one view of each image, the first of the preset's two, as a
-    1-tuple."""
-    return _Views([_mnist()] if preset == "mnist" else _views(preset, image_size, channels)[:1], copies=1)
+def one_view(preset: str, image_size: int, channels: int) -> Views:
+    """One view of each image, the first of the preset's two."""
+    return Views(_specs(preset, image_size, channels)[:1])
 
 
-def multi_crop(
-    preset: str, image_size: int, channels: int, crops: int, crop_size: int, area: float
-) -> nn.Module:
-    """A module that maps [B, C, H, W] to two global views and `crops` local ones, as DINO (Caron et al. 2021)
-    has them.
+def multi_crop(preset: str, image_size: int, channels: int, crops: int, crop_size: int, area: float) -> Views:
+    """Two global views of each image and `crops` local ones, as DINO (Caron et al. 2021) has them.
 
     Args:
         preset: as in `two_views`; a local view is blurred half of the time and never solarized.
         image_size, crop_size: sides of global and local views in pixels.
-        area: share of an image that global views have at least, and local ones, of at least 0.05, at most.
+        area: share of an image that global views have at least, and local ones, of at least 0.05, at most;
+            of "mnist", whose global views are whole, local ones have at least half of it.
     """
     if not 0.1 <= area <= 1:
         raise ValueError(f"crop_area: expected a number in [0.1, 1], got {area}")
+    whole = _specs(preset, image_size, channels)
+    local = replace(whole[0], size=crop_size)
     if preset == "mnist":
-        local: nn.Module = nn.Sequential(_mnist(), _crop((area / 2, area), crop_size, bicubic=False))
-        globals_: list[nn.Module] = [_mnist()]
+        local = replace(local, crop_scale=(area / 2, area))
     else:
-        recipe, second = (replace(r, area=area) for r in _recipes(preset))
-        globals_ = [_view(r, image_size, channels) for r in dict.fromkeys((recipe, second))]
-        blur = 0.5 if recipe.blur else 0.0
-        small = replace(recipe, area=0.05, most=area, blur=blur, solarize=0.0)
-        local = _view(small, crop_size, channels)
-    return _MultiCrop(_Views(globals_, copies=2 // len(globals_)), _Views([local], crops))
+        whole = tuple(replace(spec, crop_scale=(area, 1.0)) for spec in whole)
+        blur = 0.5 if local.blur_prob and crop_size > 32 else 0.0
+        local = replace(local, crop_scale=(0.05, area), blur_prob=blur, solarize_prob=0.0)
+    return Views((*whole, *(local,) * crops))
 
 
 def local_size(image_size: int, patch: int | None, wanted: int) -> int:
@@ -97,69 +86,14 @@ def local_size(image_size: int, patch: int | None, wanted: int) -> int:
     return wanted or max(1, round(image_size * 3 / 7 / (patch or 4))) * (patch or 4)
 
 
-class _MultiCrop(nn.Module):
-    def __init__(self, globals_: nn.Module, locals_: "_Views") -> None:
-        super().__init__()
-        self.globals, self.locals = globals_, locals_
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return *self.globals(images), *(self.locals(images) if self.locals.copies else ())
-
-
-def _recipes(preset: str) -> tuple[Recipe, Recipe]:
-    if preset not in RECIPES:
-        raise ValueError(f"augment: expected mnist or one of {', '.join(RECIPES)}, got {preset!r}")
-    return RECIPES[preset]
-
-
-def _views(preset: str, image_size: int, channels: int) -> list[nn.Module]:
-    """Those of a preset's views that differ."""
-    return [_view(recipe, image_size, channels) for recipe in dict.fromkeys(_recipes(preset))]
-
-
-class _Views(nn.Module):
-    """`copies` views of each kind, made at once."""
-
-    def __init__(self, kinds: list[nn.Module], copies: int) -> None:
-        super().__init__()
-        self.kinds, self.copies = nn.ModuleList(kinds), copies
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        images = images.repeat(self.copies, 1, 1, 1) if self.copies > 1 else images
-        views = [view for kind in self.kinds for view in kind(images).chunk(self.copies)]
-        return tuple(v.clamp(0, 1).contiguous(memory_format=torch.channels_last) for v in views)
-
-
-def _view(recipe: Recipe, size: int, channels: int) -> nn.Module:
-    import kornia.augmentation as K
-
-    crop = _crop((recipe.area, recipe.most), size, recipe.bicubic)
-    colours: list[nn.Module] = []
-    if channels == 3 and recipe.colours:
-        colours = [K.ColorJitter(*recipe.jitter, p=recipe.jitter_probability), K.RandomGrayscale(p=0.2)]
-    steps: list[nn.Module] = [crop, *(reversed(colours) if recipe.gray_first else colours)]
-    if size > 32 and recipe.blur:
-        kernel = size // 10 // 2 * 2 + 1
-        steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=recipe.blur))
-    if recipe.solarize:
-        steps.append(K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=recipe.solarize))
-    return nn.Sequential(*steps, K.RandomHorizontalFlip())
-
-
-def _crop(area: tuple[float, float], size: int, bicubic: bool) -> nn.Module:
-    import kornia.augmentation as K
-
-    resample = "bicubic" if bicubic else "bilinear"
-    return K.RandomResizedCrop((size, size), area, (3 / 4, 4 / 3), resample=resample)
-
-
-def _mnist() -> nn.Module:
-    import kornia.augmentation as K
-
-    return K.RandomAffine(
-        degrees=20.0,
-        translate=(0.1, 0.1),
-        scale=(0.7, 1.2),
-        shear=(-15.0, 15.0, -15.0, 15.0),  # type: ignore[arg-type]  # x and y, which kornia's annotation leaves out
-        p=0.5,  # half of the views are the digit as it is, which suits the few labels of the evaluation best
-    )
+def _specs(preset: str, size: int, channels: int) -> tuple[ViewSpec, ...]:
+    """The two of a preset."""
+    if preset not in PRESETS:
+        names = ", ".join(name for name in PRESETS if name != "mnist")
+        raise ValueError(f"augment: expected mnist or one of {names}, got {preset!r}")
+    # no mean and standard deviation: encoders are evaluated on images / 255
+    ours: dict[str, Any] = {"channels": channels, "mean": None, "std": None}
+    if channels == 1:
+        ours |= {"jitter": (0.0,) * 4, "gray_prob": 0.0}
+    specs = tuple(replace(spec, **ours) for spec in view_specs(preset, size, local_crops=0))
+    return (specs * 2)[:2]

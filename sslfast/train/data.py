@@ -131,8 +131,8 @@ class ImageSet:
     def batches(self, rows: Sequence[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
         """The uint8 images [B, C, H, W] of each element of `rows`, on the device."""
         if not isinstance(self.images, Decoded):
-            for part in rows:
-                yield self.images[part.to(self.images.device)].to(device)
+            for part in in_one_copy(rows, self.images.device):
+                yield self.images[part].to(device)
             return
         loader: DataLoader = DataLoader(
             self.images,  # type: ignore[arg-type]  # a map-style data set needs no more than len and getitem
@@ -141,7 +141,7 @@ class ImageSet:
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # otherwise the loader draws from the global one, which views use
+            generator=torch.Generator(),  # otherwise the loader draws from the global one, which masks use
         )
         for images, broken in loader:
             self.images.report(broken)
@@ -153,6 +153,11 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
+
+
+def in_one_copy(rows: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """The rows of all batches on the device; a copy of each when its turn comes would wait for a GPU."""
+    return torch.cat(tuple(rows)).to(device).split([len(part) for part in rows]) if len(rows) else ()
 
 
 def _collate(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list]:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sslfast.train import augment, loop, optim
 from sslfast.train.config import TrainConfig
-from sslfast.train.data import Dataset
+from sslfast.train.data import Dataset, in_one_copy
 from sslfast.train.vit import ViT
 
 RATE, DECAY, LAYER_DECAY, SMOOTHING = (
@@ -32,7 +32,7 @@ def run(encoder: nn.Module, dataset: Dataset, cfg: TrainConfig, epochs: int, dev
     nn.init.trunc_normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
     model = nn.Sequential(encoder, classifier).to(device)
-    views = augment.one_view(cfg.resolve_augment(), size, channels).to(device)
+    views = augment.one_view(cfg.resolve_augment(), size, channels)
     batch_size = min(cfg.batch_size, len(train))
     steps = len(train) // batch_size
     optimizer = optim.build("adamw", groups(model), device)
@@ -41,15 +41,15 @@ def run(encoder: nn.Module, dataset: Dataset, cfg: TrainConfig, epochs: int, dev
     for epoch in range(epochs):
         model.train()
         rows = loop.order(len(train), batch_size, cfg.seed, epoch)[:steps]
-        for step, (part, images) in enumerate(
-            zip(rows, train.batches(rows, device, cfg.workers), strict=True)
-        ):
+        seed = augment.epoch_seed(cfg.seed, epoch, augment.FINETUNING)
+        batches = train.batches(rows, device, cfg.workers)
+        for step, (ids, images) in enumerate(zip(in_one_copy(rows, device), batches, strict=True)):
             factor = optim.warmup_cosine(epoch * steps + step, 0.1 * epochs * steps, epochs * steps)
             optim.set_rate(optimizer, RATE * batch_size / 256 * factor)
-            (view,) = views(images.float().div_(255))
+            (view,) = views(images, ids, seed)
             with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
                 logits = model(view)
-            loss = F.cross_entropy(logits.float(), on_device[part.to(device)], label_smoothing=SMOOTHING)
+            loss = F.cross_entropy(logits.float(), on_device[ids], label_smoothing=SMOOTHING)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

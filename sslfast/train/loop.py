@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sslfast.train import batchnorm, checkpoint, evaluate, methods, optim, processes, report, sources
+from sslfast.train import augment, batchnorm, checkpoint, evaluate, methods, optim, processes, report, sources
 from sslfast.train.config import TrainConfig
+from sslfast.train.data import in_one_copy
 from sslfast.train.log import Log
 from sslfast.train.methods import Method, Now
 from sslfast.train.monitor import CollapseMonitor
@@ -56,7 +57,7 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
             raise ValueError("knn_every: expected 0 for data without labels or test images")
         model = build(method, cfg, channels, size).to(device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        views = model.views(cfg, channels, size).to(device)
+        views = model.views(cfg, channels, size)
         fingerprint = [count, channels, size, dataset.train.fingerprint()]
     if rank:
         checkpoint.reseed(cfg.seed, rank, 0)  # the first goes on as if it were alone
@@ -76,16 +77,17 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
     with log, Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
-            rows = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
-            rows = rows[(done - epoch * steps) * cfg.accumulate :]
-            batches = log.waiting(images.batches([part[own] for part in rows], device, cfg.workers))
+            whole = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
+            rows = [part[own] for part in whole[(done - epoch * steps) * cfg.accumulate :]]
+            ids, seed = iter(in_one_copy(rows, device)), augment.epoch_seed(cfg.seed, epoch)
+            batches = log.waiting(images.batches(rows, device, cfg.workers))
             for step in range(done, (epoch + 1) * steps):
                 rate = peak * optim.rate_at(cfg.schedule, step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
                 model.schedule(Now(step, total, steps), update.optimizer.param_groups)
                 model.before_step()
                 for _ in range(cfg.accumulate):
-                    loss, metrics = update.backward(views(next(batches).float().div_(255)))
+                    loss, metrics = update.backward(views(next(batches), next(ids), seed))
                     monitor.update(metrics.pop("embeddings"), metrics.pop("targets", None))
                     log.add({"loss": loss, **metrics}, batch_size)
                 log.add(update.step())

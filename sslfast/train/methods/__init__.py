@@ -76,8 +76,8 @@ class Method(nn.Module):
         """Groups for the optimizer; may set its options and `lr_scale`, a factor of the learning rate."""
         return optim.parameter_groups(self, weight_decay)
 
-    def views(self, cfg: TrainConfig, channels: int, size: int) -> nn.Module:
-        """What makes the views: images [B, C, H, W] in [0, 1] -> a sequence of such tensors, of any sizes."""
+    def views(self, cfg: TrainConfig, channels: int, size: int) -> augment.Views:
+        """What makes the views: uint8 images [B, C, H, W] -> tensors [B, C, h, w] in [0, 1], of any sizes."""
         return augment.two_views(cfg.resolve_augment(), size, channels)
 
     def schedule(self, now: Now, groups: list[dict]) -> None:

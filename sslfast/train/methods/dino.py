@@ -91,7 +91,7 @@ class DINO(Method):
     def encoder(self) -> nn.Module:  # type: ignore[override]
         return self.teacher.model.encoder  # type: ignore[return-value]
 
-    def views(self, cfg: TrainConfig, channels: int, size: int) -> nn.Module:
+    def views(self, cfg: TrainConfig, channels: int, size: int) -> augment.Views:
         ours = self.cfg
         local = augment.local_size(size, getattr(self.encoder, "patch_size", None), ours.local_size)
         sizes = size, channels, ours.local_crops, local

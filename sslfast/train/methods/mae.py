@@ -85,7 +85,7 @@ class MAE(Method):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         return [{**group, "betas": (0.9, 0.95)} for group in optim.parameter_groups(self, weight_decay)]
 
-    def views(self, cfg: TrainConfig, channels: int, size: int) -> nn.Module:
+    def views(self, cfg: TrainConfig, channels: int, size: int) -> augment.Views:
         return augment.one_view(cfg.resolve_augment(), size, channels)
 
     def reconstruct(
