@@ -8,9 +8,20 @@ from pathlib import Path
 import sass
 import triton
 import triton.language as tl
-from sslfast.kernels import ema, masked_patch_mse, patch_mask, patches, sinkhorn, soft_cross_entropy, tuning
+from sslfast.kernels import (
+    augment_views,
+    ema,
+    masked_patch_mse,
+    patch_mask,
+    patches,
+    sinkhorn,
+    soft_cross_entropy,
+    tuning,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from sslfast.ops.augment_views import AFFINE, BICUBIC, BLUR, GRAY_OUT, JITTER, SOLARIZE
 
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # CUDA C programming guide, as the next two
 BLOCKS_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
@@ -26,7 +37,7 @@ class Kernel:
     it moves whole rows, hence 16 bytes per access. quick: architectures of a quick run."""
 
     function: triton.JITFunction
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     flags: dict[str, object]
     warps: int = 4
     aligned: tuple[str, ...] = ()
@@ -142,11 +153,44 @@ def _views() -> dict[str, Kernel]:
     }
 
 
+def _augmented() -> dict[str, Kernel]:
+    """Views of 224 x 224 from packed images: SimCLR's, DINO's, MAE's, and all steps after an affine map."""
+    k, jitter = augment_views, JITTER | GRAY_OUT | BLUR
+    types = {"out_ptr": "rows", "norm": ("fp32",) * 6, "data_ptr": "u8"}
+    types |= {"offsets_ptr": "i64", "sizes_ptr": "i64"}
+    sides, pairs = ("height", "width"), (("fp32", "u8"), ("bf16", "u8"))
+    rows, columns, taps = tuning.VIEW_TILE
+    tile = {"channel_stride": 1, "COLOURED": True, "ROWS": rows, "COLUMNS": columns, "TAPS": taps}
+    colours = {"COLOURS": True, "STEPS": jitter | SOLARIZE, "BLOCK": tuning.VIEW_COLOURS}
+    near = {"COLOURS": True, "STEPS": SOLARIZE, "BLOCK": tuning.VIEW_NEIGHBOURS}
+    found = {
+        f"resample: {name}": Kernel(
+            k.resample, types, {**tile, "COLOURS": wanted, "STEPS": steps}, 1, sides, pairs=pairs,
+            quick=quick,
+        )
+        for name, steps, wanted, quick in (
+            ("SimCLR", jitter, True, (90,)), ("DINO", jitter | BICUBIC | SOLARIZE, True, QUICK),
+            ("MAE", BICUBIC, True, (90,)), ("grey", jitter, False, (90,)),
+        )
+    }  # fmt: skip
+    return found | {
+        "warp": Kernel(k.warp, types, {**near, "STEPS": jitter | SOLARIZE | AFFINE}, quick=(90,)),
+        "colour": Kernel(k.colour, types, colours, 4, sides, wide=True),
+        **{
+            f"blur: {name}": Kernel(k.blur, types, {**near, "ACROSS": across, "FAR": far}, quick=quick)
+            for name, across, far, quick in (
+                ("rows", True, False, QUICK), ("columns", False, False, QUICK), ("far", True, True, (90,)),
+            )
+        },
+    }  # fmt: skip
+
+
 KERNELS = {
     **_masks(),
     **_rows(),
     **_errors(),
     **_views(),
+    **_augmented(),
     "ema_update": Kernel(
         ema.ema_update, {"table_ptr": "i64", "momentum_ptr": "fp64", "momentum_bits": "i64"},
         {"ON_DEVICE": True, "BLOCK": tuning.EMA_BLOCK}, wide=True, quick=tuple(WARPS_SM),

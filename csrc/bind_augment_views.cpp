@@ -13,14 +13,14 @@ namespace {
 
 constexpr int64_t kLargestSide = 65535, kLargestImage = int64_t{1} << 28;
 
-// layout: channels, strides of channel, row (0: each image's width) and column; extent: bytes from data on.
+// layout: channels, strides of channel, row (-1: rows follow each other) and column; extent: bytes from data on.
 // shapes: height, width, channels, steps, radius of each view; scales: its channels' scale, then their shift.
 void augment_views_cpu(uintptr_t data, int64_t extent, const std::array<int64_t, 4>& layout, uintptr_t offsets,
                        uintptr_t sizes, uintptr_t params, const std::vector<std::array<int64_t, 5>>& shapes,
                        const std::vector<std::vector<float>>& scales, const std::vector<uintptr_t>& outputs, int dtype,
                        int64_t batch, int threads) {
   const auto [channels, channel_stride, row_stride, column_stride] = layout;
-  not_negative(extent, channels - 1, 4 - channels, channel_stride, row_stride, column_stride, batch, threads - 1);
+  not_negative(extent, channels - 1, 4 - channels, channel_stride, row_stride + 1, column_stride, batch, threads - 1);
   if (scales.size() != shapes.size() || outputs.size() != shapes.size()) throw std::invalid_argument("one per view");
   std::vector<ViewShape> views;
   for (size_t i = 0; i < shapes.size(); ++i) {
@@ -60,7 +60,7 @@ void augment_views_cpu(uintptr_t data, int64_t extent, const std::array<int64_t,
     if (height < 1 || width < 1 || height > kLargestSide || width > kLargestSide || height * width > kLargestImage) {
       throw std::invalid_argument("images: expected 1 to 65535 pixels a side, and at most 2^28");
     }
-    const int64_t row = row_stride ? row_stride : width * column_stride;
+    const int64_t row = row_stride < 0 ? width * column_stride : row_stride;
     const int64_t last = (height - 1) * row + (width - 1) * column_stride + (channels - 1) * channel_stride;
     if (p.offsets[b] < 0 || p.offsets[b] >= extent || last >= extent - p.offsets[b]) {
       throw std::invalid_argument("images: expected all of them within their data");

@@ -125,7 +125,7 @@ struct Image {
 
 // Row y of the crop as float32 planes in s.row.
 void read_row(const AugmentViews& p, const Image& image, const Numbers& n, int64_t y, Scratch& s) {
-  const int64_t row_stride = p.row_stride ? p.row_stride : image.width * p.column_stride;
+  const int64_t row_stride = p.row_stride < 0 ? image.width * p.column_stride : p.row_stride;
   const uint8_t* from = image.pixels + (n.top + y) * row_stride + n.left * p.column_stride;
   const int channels = p.channels < 3 ? 1 : 3;
   for (int c = 0; c < channels; ++c) {

@@ -25,7 +25,7 @@ struct AugmentViews {
   const int64_t* offsets;  // [batch]
   const int64_t* sizes;    // [batch, 2]: height, width
   int channels;
-  int64_t channel_stride, row_stride, column_stride;  // row_stride 0: width * column_stride
+  int64_t channel_stride, row_stride, column_stride;  // row_stride -1: rows follow each other
   const float* params;                                // [views, batch, kViewParams]
   const ViewShape* shapes;                            // [views]
   int64_t views;
