@@ -52,10 +52,10 @@ _AFFINE, _BICUBIC = tl.constexpr(AFFINE), tl.constexpr(BICUBIC)
 
 @triton.jit
 def _centre(at, before, after):
-    """(n, rest): the centre of pixel `at` of `after` is (n + rest) / 2 pixels into `before`. n is whole and
-    rest in [0, 1), so that float32 suffices for distances from n; products stay below 2^30."""
+    """(n, rest): the centre of pixel `at` of `after` is (n + rest / after) / 2 pixels into `before`. n is
+    whole and rest in [0, after), so that float32 suffices for distances from n; products stay below 2^30."""
     twice = (2 * at + 1) * before
-    return twice // after, (twice % after).to(tl.float32) / after
+    return twice // after, twice % after
 
 
 @triton.jit
@@ -70,9 +70,10 @@ def _reach(before, after, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _first_tap(n, rest, reach):
-    """The first pixel with a centre within reach; only one of weight 0 may round to the wrong side."""
-    return (n >> 1) + tl.floor(0.5 * ((n & 1) + rest) - reach + 0.5).to(tl.int32)
+def _first_tap(n, fraction, reach):
+    """The first pixel with a centre within reach of (n + fraction) / 2; only one of weight 0 may round to the
+    wrong side."""
+    return (n >> 1) + tl.floor(0.5 * ((n & 1) + fraction) - reach + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -106,12 +107,13 @@ def resample(
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS, COLUMNS] of a view: TAPS rows of the crop at a time are resized along x, and added to
-    those rows of the tile within whose reach they are. COLOURED: the images have red, green and blue."""
-    across = tl.cdiv(width, COLUMNS)
-    image, tile, row_ptr = _image(params_ptr, row, across * tl.cdiv(height, ROWS))
-    y = tile // across * ROWS
-    j = tl.arange(0, ROWS)
-    x = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    those rows of the tile within whose reach they are. COLOURED: the images have red, green and blue.
+
+    Where columns come first, the same is done to the transposed image: x is the view's row then."""
+    most = tl.maximum(
+        tl.cdiv(width, COLUMNS) * tl.cdiv(height, ROWS), tl.cdiv(height, COLUMNS) * tl.cdiv(width, ROWS)
+    )
+    image, tile, row_ptr = _image(params_ptr, row, most)
 
     # The crop, within the image whatever params say
     image_height = tl.load(sizes_ptr + 2 * (first + image)).to(tl.int32)
@@ -124,43 +126,58 @@ def resample(
     corner_ptr = data_ptr + tl.load(offsets_ptr + first + image)
     corner_ptr += top * row_step + left.to(tl.int64) * column_stride
 
-    # Arguments of the filters: along x of the tap k = 0, along y of centres, both from a whole number n
-    reach_x, count_x, narrower_x = _reach(crop_width, width, STEPS)
-    from_x = tl.minimum(x, width - 1)
-    from_x = tl.where(tl.load(row_ptr + AT_FLIP) != 0, width - 1 - from_x, from_x)
-    n, rest = _centre(from_x, crop_width, width)
-    first_x = _first_tap(n, rest, reach_x)
-    first_t = ((2 * first_x + 1 - n).to(tl.float32) - rest) * narrower_x
-    reach_y, count_y, narrower_y = _reach(crop_height, height, STEPS)
-    n, rest = _centre(tl.minimum(y + ROWS, height) - 1, crop_height, height)
-    high = tl.minimum(_first_tap(n, rest, reach_y) + count_y, crop_height)
-    n, rest = _centre(y, crop_height, height)
-    low = tl.maximum(_first_tap(n, rest, reach_y), 0)
-    ratio = crop_height.to(tl.float32) / height
-    centre_t = (rest + 2 * tl.minimum(j, height - 1 - y) * ratio) * narrower_y
+    plane = height * width
+    turned = crop_height - height > 2 * tl.maximum(crop_width - width, 0)
+    step_y, step_x = tl.where(turned, column_stride, row_step), tl.where(turned, row_step, column_stride)
+    crop_y, crop_x = tl.where(turned, crop_width, crop_height), tl.where(turned, crop_height, crop_width)
+    size_y, size_x = tl.where(turned, width, height), tl.where(turned, height, width)
+    across = tl.cdiv(size_x, COLUMNS)
+    y = tile // across * ROWS
+    j = tl.arange(0, ROWS)
+    x = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+
+    # Along x: where the taps begin, and the filter's argument there
+    reach, count_x, narrower_x = _reach(crop_x, size_x, STEPS)
+    n, rest = _centre(tl.minimum(x, size_x - 1), crop_x, size_x)
+    fraction = rest.to(tl.float32) / size_x
+    first_x = _first_tap(n, fraction, reach)
+    first_t = ((2 * first_x + 1 - n).to(tl.float32) - fraction) * narrower_x
+
+    # Along y: taps of all rows of the tile, and twice their centres, n + whole + part
+    reach, count_y, narrower_y = _reach(crop_y, size_y, STEPS)
+    per_row = 1.0 / size_y
+    n, rest = _centre(tl.minimum(y + ROWS, size_y) - 1, crop_y, size_y)
+    high = tl.minimum(_first_tap(n, rest * per_row, reach) + count_y, crop_y)
+    n, rest = _centre(y, crop_y, size_y)
+    low = tl.maximum(_first_tap(n, rest * per_row, reach), 0)
+    j_inside = tl.minimum(j, size_y - 1 - y)
+    rest += j_inside * (2 * crop_y % size_y)
+    more = (rest * per_row).to(tl.int32)  # on either side, if it is about to be one more
+    whole = (j_inside * (2 * crop_y // size_y) + more).to(tl.float32)
+    part_t = (rest - more * size_y) * (per_row * narrower_y)
 
     r = tl.zeros([ROWS, COLUMNS], tl.float32)
     g, b = r, r
     total = tl.zeros([ROWS], tl.float32)
     for p in range(low, high, TAPS):
         taps = p + tl.arange(0, TAPS)
-        line_ptr = corner_ptr + tl.minimum(taps, crop_height - 1) * row_step
+        line_ptr = corner_ptr + tl.minimum(taps, crop_y - 1) * step_y
         line_r = tl.zeros([TAPS, COLUMNS], tl.float32)
         line_g, line_b = line_r, line_r
         line_total = tl.zeros([COLUMNS], tl.float32)
         for k in range(0, count_x):
-            column = tl.minimum(tl.maximum(first_x + k, 0), crop_width - 1)
+            column = tl.minimum(tl.maximum(first_x + k, 0), crop_x - 1)
             weight = tl.where(column == first_x + k, _filter(first_t + k * (2 * narrower_x), STEPS), 0.0)
             line_total += weight
-            pixel_ptr = line_ptr[:, None] + (column.to(tl.int64) * column_stride)[None, :]
+            pixel_ptr = line_ptr[:, None] + (column.to(tl.int64) * step_x)[None, :]
             line_r += weight[None, :] * tl.load(pixel_ptr).to(tl.float32)
             if COLOURED:
                 line_g += weight[None, :] * tl.load(pixel_ptr + channel_stride).to(tl.float32)
                 line_b += weight[None, :] * tl.load(pixel_ptr + 2 * channel_stride).to(tl.float32)
         if COLOURED and not COLOURS:
             line_r = _gray(line_r, line_g, line_b, True)
-        t = tl.where(taps < crop_height, (2 * taps + 1 - n).to(tl.float32) * narrower_y, 1e9)
-        weights = _filter(t[None, :] - centre_t[:, None], STEPS)
+        far = tl.where(taps < crop_y, (2 * taps + 1 - n).to(tl.float32), 1e9)
+        weights = _filter((far[None, :] - whole[:, None]) * narrower_y - part_t[:, None], STEPS)
         total += tl.sum(weights, 1)
         scale = (1 / line_total)[None, :]
         r += _weighted(weights, line_r * scale, STEPS)
@@ -174,9 +191,11 @@ def resample(
     else:
         g, b = r, r
 
-    plane = height * width
-    at = (y + j)[:, None] * width + x[None, :]
-    inside = (y + j < height)[:, None] & (x < width)[None, :]
+    inside = (y + j < size_y)[:, None] & (x < size_x)[None, :]
+    line, column = (y + j)[:, None] + 0 * x[None, :], x[None, :] + 0 * j[:, None]
+    line, column = tl.where(turned, column, line), tl.where(turned, line, column)
+    column = tl.where(tl.load(row_ptr + AT_FLIP) != 0, width - 1 - column, column)
+    at = line * width + column
     channels = 1 + 2 * COLOURS
     to_ptr += image * channels * plane
     out_ptr += (first + image) * channels * plane
@@ -345,8 +364,9 @@ def _images(view: View, batch: int) -> int:
 def _tiles(view: View) -> tuple[int, int]:
     """Of an image: for `resample`, and for `warp` and `blur`."""
     rows, columns, _ = tuning.VIEW_TILE
-    across, down = triton.cdiv(view.width, columns), triton.cdiv(view.height, rows)
-    return across * down, triton.cdiv(view.height * view.width, tuning.VIEW_NEIGHBOURS)
+    both = ((view.height, view.width), (view.width, view.height))
+    most = max(triton.cdiv(down, rows) * triton.cdiv(across, columns) for down, across in both)
+    return most, triton.cdiv(view.height * view.width, tuning.VIEW_NEIGHBOURS)
 
 
 def _round(given, layout, view: View, out, first: int, row: int, images: int, scratch) -> None:

@@ -19,6 +19,7 @@ namespace sslfast {
 namespace {
 
 constexpr int kFewTaps = 12;         // from here on the taps of a pixel fill vectors of their own
+constexpr int64_t kReached = 8;      // rows of a smaller view that a row of the crop may reach, at most 5, and one more
 constexpr double kDeviations = 5.5;  // what a Gaussian has beyond so many is less than half of float32's epsilon
 
 struct Numbers {  // that were drawn for a view, made safe: whatever they are, no pixel outside the image is read
@@ -77,18 +78,23 @@ int64_t padded(int64_t n) { return (n + kWide - 1) / kWide * kWide; }
 
 // The largest sizes that a view of the call may need.
 struct Sizes {
-  int64_t row = 0, taps = 0, weights = 0, ring = 0, plane = 0, width = 0;
+  int64_t row = 0, exact = 0, taps = 0, weights = 0, ring = 0, plane = 0, width = 0;
+  bool tall = false;  // crops may be higher than a view
 
   void grow(const ViewShape& v, int64_t height, int64_t width_of_image) {
     const auto at_least = [](int64_t& x, int64_t needed) { x = needed > x ? needed : x; };
     const bool bicubic = v.steps & kBicubic;
     const int64_t across = padded(most_taps(width_of_image, v.width, bicubic)), blurred = 2 * v.radius + 1;
     const int64_t down = most_taps(height, v.height, bicubic);
-    at_least(row, width_of_image + across);
-    at_least(row, v.width + blurred);
-    at_least(taps, across), at_least(taps, down), at_least(taps, blurred);
+    at_least(row, padded(width_of_image + across));
+    at_least(row, padded(v.width + blurred));
+    at_least(exact, across), at_least(exact, down), at_least(exact, blurred);
+    at_least(taps, kReached * down), at_least(taps, blurred);
     at_least(weights, across * v.width);
-    at_least(ring, down * 3 * v.width);
+    // Rows come first in crops of up to so many of them.
+    const int64_t first = v.height + 2 * (width_of_image > v.width ? width_of_image - v.width : 0);
+    at_least(ring, most_taps(height < first ? height : first, v.height, bicubic) * 3 * v.width);
+    tall = tall || height > v.height;
     at_least(plane, v.height * v.width);
     at_least(width, v.width);
   }
@@ -96,8 +102,8 @@ struct Sizes {
 
 // What one thread works in.
 struct Scratch {
-  double* exact;         // [taps]
-  const float** window;  // [taps]
+  double* exact;
+  const float** window;  // as many
   int32_t* starts;       // [width]
   float *row, *weights, *ring, *image, *other, *line, *taps;
   int64_t row_stride;
@@ -109,9 +115,10 @@ struct Scratch {
       if (memory) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
       bytes += (count * static_cast<int64_t>(sizeof *pointer) + 63) / 64 * 64;
     };
-    row_stride = padded(s.row);
-    take(exact, s.taps), take(window, s.taps), take(starts, s.width);
-    take(row, 3 * row_stride), take(weights, s.weights), take(ring, s.ring);
+    row_stride = s.row;
+    take(exact, s.exact), take(window, s.exact), take(starts, s.width);
+    take(row, 3 * row_stride), take(weights, s.weights);
+    take(ring, s.tall && s.ring < kReached * 3 * row_stride ? kReached * 3 * row_stride : s.ring);
     take(image, 3 * s.plane), take(other, 3 * s.plane), take(line, s.width), take(taps, s.taps);
     return bytes;
   }
@@ -134,41 +141,61 @@ void read_row(const AugmentViews& p, const Image& image, const Numbers& n, int64
   if (channels > image.planes) gray_row(s.row, s.row + s.row_stride, s.row + 2 * s.row_stride, n.width, s.row);
 }
 
-// The crop, resized into planes of s.image.
-void resize(const AugmentViews& p, const ViewShape& v, const Image& image, const Numbers& n, Scratch& s) {
-  const bool bicubic = v.steps & kBicubic;
-  const int64_t w = v.width, line = image.planes * w;
-  const int64_t taps = most_taps(n.width, w, bicubic), room = padded(taps);
-  const bool few = taps < kFewTaps;  // weights of a tap lie next to each other, otherwise those of a pixel
-  std::memset(s.weights, 0, static_cast<size_t>((few ? taps : room) * w) * 4);
-  for (int64_t x = 0; x < w; ++x) {
-    int64_t start;
-    const int count = weights_of(x, n.width, w, bicubic, &start, s.exact);
-    const int64_t at = n.flip ? w - 1 - x : x;
-    s.starts[at] = static_cast<int32_t>(start);
-    for (int k = 0; k < count; ++k) s.weights[few ? k * w + at : at * room + k] = static_cast<float>(s.exact[k]);
-  }
-  // Past its end a row is read, with weights of 0.
-  for (int c = 0; c < image.planes; ++c)
-    std::memset(s.row + c * s.row_stride + n.width, 0, static_cast<size_t>(room) * 4);
+// Where Pillow 13 resizes along columns first.
+bool columns_first(int64_t height, int64_t width, int64_t after_height, int64_t after_width) {
+  return height - after_height > 2 * (width > after_width ? width - after_width : 0);
+}
 
-  const int64_t rows = most_taps(n.height, v.height, bicubic);
+// Rows of the crop resized to the view's width: their weights are in s.weights, those of a tap next to each other
+// where there are few, otherwise those of a pixel.
+struct Across {
+  int64_t width, taps, room;
+  bool few;
+
+  Across(const Numbers& n, const ViewShape& v, Scratch& s) : width(v.width) {
+    const bool bicubic = v.steps & kBicubic;
+    taps = most_taps(n.width, width, bicubic), room = padded(taps), few = taps < kFewTaps;
+    std::memset(s.weights, 0, static_cast<size_t>((few ? taps : room) * width) * 4);
+    for (int64_t x = 0; x < width; ++x) {
+      int64_t start;
+      const int count = weights_of(x, n.width, width, bicubic, &start, s.exact);
+      const int64_t at = n.flip ? width - 1 - x : x;
+      s.starts[at] = static_cast<int32_t>(start);
+      for (int k = 0; k < count; ++k) s.weights[few ? k * width + at : at * room + k] = static_cast<float>(s.exact[k]);
+    }
+  }
+
+  // `room` numbers past the end of a row are read, with weights of 0.
+  void end(float* rows, int planes, int64_t stride, int64_t n) const {
+    for (int c = 0; c < planes; ++c) std::memset(rows + c * stride + n, 0, static_cast<size_t>(room) * 4);
+  }
+
+  // One row of each plane; to[c * to_stride ...], clipped.
+  void resize(const float* rows, int planes, const Scratch& s, float* to, int64_t to_stride) const {
+    for (int c = 0; c < planes; ++c, rows += s.row_stride, to += to_stride) {
+      if (few) {
+        gather_row(rows, s.starts, s.weights, static_cast<int>(taps), width, to);
+      } else {
+        for (int64_t x = 0; x < width; ++x) to[x] = dot(rows + s.starts[x], s.weights + x * room, room);
+      }
+      clip_row(to, width);
+    }
+  }
+};
+
+// The crop, resized into planes of s.image: along rows into a ring, from which a row of the view is mixed.
+void rows_then_columns(const AugmentViews& p, const ViewShape& v, const Image& image, const Numbers& n, Scratch& s) {
+  const bool bicubic = v.steps & kBicubic;
+  const Across across(n, v, s);
+  const int64_t w = v.width, line = image.planes * w, rows = most_taps(n.height, v.height, bicubic);
+  across.end(s.row, image.planes, s.row_stride, n.width);
   int64_t next = 0;
   for (int64_t y = 0; y < v.height; ++y) {
     int64_t start;
     const int count = weights_of(y, n.height, v.height, bicubic, &start, s.exact);
     for (; next < start + count; ++next) {
       read_row(p, image, n, next, s);
-      float* to = s.ring + next % rows * line;
-      for (int c = 0; c < image.planes; ++c, to += w) {
-        const float* row = s.row + c * s.row_stride;
-        if (few) {
-          gather_row(row, s.starts, s.weights, static_cast<int>(taps), w, to);
-        } else {
-          for (int64_t x = 0; x < w; ++x) to[x] = dot(row + s.starts[x], s.weights + x * room, room);
-        }
-      }
-      clip_row(to - line, line);
+      across.resize(s.row, image.planes, s, s.ring + next % rows * line, w);
     }
     for (int k = 0; k < count; ++k) {
       s.window[k] = s.ring + (start + k) % rows * line;
@@ -178,6 +205,42 @@ void resize(const AugmentViews& p, const ViewShape& v, const Image& image, const
     clip_row(s.other, line);
     for (int c = 0; c < image.planes; ++c) {
       std::memcpy(s.image + (c * v.height + y) * w, s.other + c * w, static_cast<size_t>(w) * 4);
+    }
+  }
+}
+
+// The same in the other order, of crops that are higher than the view: a row is read once and added to the few rows of
+// the view within whose reach it is.
+void columns_then_rows(const AugmentViews& p, const ViewShape& v, const Image& image, const Numbers& n, Scratch& s) {
+  const bool bicubic = v.steps & kBicubic;
+  const Across across(n, v, s);
+  const int64_t w = v.width, line = 3 * s.row_stride, taps = most_taps(n.height, v.height, bicubic);
+  int64_t starts[kReached], ends[kReached];
+  int64_t done = 0, begun = 0;  // rows of the view
+  const auto begin = [&](int64_t y) {
+    const int64_t slot = y % kReached;
+    const int count = weights_of(y, n.height, v.height, bicubic, &starts[slot], s.exact);
+    ends[slot] = starts[slot] + count;
+    for (int k = 0; k < count; ++k) s.taps[slot * taps + k] = static_cast<float>(s.exact[k]);
+    std::memset(s.ring + slot * line, 0, static_cast<size_t>(line) * 4);
+  };
+  begin(0);
+  for (int64_t y = 0; y < n.height && done < v.height; ++y) {
+    read_row(p, image, n, y, s);
+    while (begun < v.height && starts[begun % kReached] <= y) {
+      if (++begun < v.height) begin(begun);  // one ahead, to know where it starts
+    }
+    for (int64_t i = done; i < begun; ++i) {
+      const int64_t slot = i % kReached;
+      const float weight = s.taps[slot * taps + y - starts[slot]];
+      for (int c = 0; c < image.planes; ++c) {
+        add_row(s.row + c * s.row_stride, weight, n.width, s.ring + slot * line + c * s.row_stride);
+      }
+    }
+    for (; done < begun && ends[done % kReached] == y + 1; ++done) {
+      float* rows = s.ring + done % kReached * line;
+      for (int c = 0; c < image.planes; ++c) clip_row(rows + c * s.row_stride, n.width);
+      across.resize(rows, image.planes, s, s.image + done * w, v.height * w);
     }
   }
 }
@@ -256,7 +319,8 @@ void make_view(const AugmentViews& p, const ViewShape& v, const float* params, i
   const Image image{p.data + p.offsets[b], height, width, p.channels < 3 || v.channels == 1 ? 1 : 3};
   const Numbers n = numbers_of(params + b * kViewParams, height, width);
   const int64_t pixels = v.height * v.width;
-  resize(p, v, image, n, s);
+  const bool turned = columns_first(n.height, n.width, v.height, v.width);
+  (turned ? columns_then_rows : rows_then_columns)(p, v, image, n, s);
   static const float kNothing[6] = {1, 0, 0, 0, 1, 0};
   if (v.steps & kAffine && std::memcmp(n.matrix, kNothing, sizeof kNothing) != 0) {
     for (int c = 0; c < image.planes; ++c) {

@@ -96,6 +96,11 @@ inline void widen_row(const uint8_t* from, int64_t stride, int64_t n, float* __r
   }
 }
 
+inline void add_row(const float* x, float weight, int64_t n, float* __restrict sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += weight * x[i];
+}
+
 inline void gray_row(const float* r, const float* g, const float* b, int64_t n, float* to) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) to[i] = kRed * r[i] + kGreen * g[i] + kBlue * b[i];

@@ -275,7 +275,8 @@ def augment_views(
 
     Each call draws one number from the generator; an image's views depend on that number, its id, its size
     and its pixels, and on no other image, the number of threads or the backend (up to rounding). Resized
-    pixels are Pillow's within 1/255 (bilinear) and 2/255 (bicubic). The steps are described by ViewSpec.
+    pixels are those of Pillow 13 within 1/255 (bilinear) and 2/255 (bicubic); earlier versions never resize
+    along columns first, which changes what is clipped of a bicubic's overshoots. ViewSpec has the steps.
 
     Args:
         images: uint8 [B, C, H, W] of any strides with 1 to 4 channels (grey, grey and alpha, RGB, RGB and

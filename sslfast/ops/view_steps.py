@@ -15,9 +15,14 @@ def to_gray(x: Tensor) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int], bicubic: bool) -> Tensor:
-    """Rows, then columns, each clipped to [0, 1] as Pillow clips them; it also rounds them to 8 bits."""
-    x = (x @ resize_weights(x, x.shape[2], size[1], bicubic).T).clamp(0, 1)
-    return (resize_weights(x, x.shape[1], size[0], bicubic) @ x).clamp(0, 1)
+    """Along rows, then along columns, or the other way round where many more rows than columns go, as Pillow
+    13 does it; both clipped to [0, 1]. Pillow also rounds both to 8 bits."""
+    (_, height, width), (after_h, after_w) = x.shape, size
+    across = resize_weights(x, width, after_w, bicubic).T
+    down = resize_weights(x, height, after_h, bicubic)
+    if height - after_h > 2 * max(width - after_w, 0):
+        return ((down @ x).clamp(0, 1) @ across).clamp(0, 1)
+    return (down @ (x @ across).clamp(0, 1)).clamp(0, 1)
 
 
 def resize_weights(x: Tensor, before: int, after: int, bicubic: bool) -> Tensor:
