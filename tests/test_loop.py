@@ -111,7 +111,9 @@ def test_autocast(precision, dtype, images, tmp_path, monkeypatch):
 
 
 def test_compile_trains_like_eager(images, tmp_path):
-    runs = [config(tmp_path / str(c), images, epochs=1, compile=c, augment="mnist") for c in (False, True)]
+    # SGD: AdamW divides gradients by their size, so that roundings decide the sign of steps where they vanish
+    options = {"epochs": 1, "augment": "mnist", "optimizer": "sgd", "learning_rate": 0.003}
+    runs = [config(tmp_path / str(c), images, compile=c, **options) for c in (False, True)]
     for cfg in runs:
         loop.train("simclr", cfg)
     eager, compiled = map(weights, runs)
