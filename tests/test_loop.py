@@ -114,11 +114,14 @@ def test_compile_trains_like_eager(images, tmp_path):
     # SGD: AdamW divides gradients by their size, so that roundings decide the sign of steps where they vanish
     options = {"epochs": 1, "augment": "mnist", "optimizer": "sgd", "learning_rate": 0.003}
     runs = [config(tmp_path / str(c), images, compile=c, **options) for c in (False, True)]
+    untrained = dict(loop.build("simclr", runs[0], 1, 12).named_parameters())
     for cfg in runs:
         loop.train("simclr", cfg)
-    eager, compiled = map(weights, runs)
-    for name in eager:
-        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-4)
+    start, eager, compiled = (
+        torch.cat([x[name].detach().flatten() for name in untrained])
+        for x in (untrained, *map(weights, runs))
+    )
+    assert (compiled - eager).norm() < 0.05 * (eager - start).norm()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
