@@ -34,7 +34,8 @@ DIM, PATCH = 768, 16  # ViT-B, whose patches of 16 x 16 x 3 pixels are as long a
 class Kernel:
     """One kernel as it is launched, compiled for each of `pairs`, (dtype, source). A type may be "rows", the
     dtype, or "source". aligned: integers that are divisible by 16 in a launch with rows of DIM. wide: whether
-    it moves whole rows, hence 16 bytes per access. quick: architectures of a quick run."""
+    it moves whole rows, hence 16 bytes per access. quick: architectures of a quick run. most_registers: that
+    ptxas may use."""
 
     function: triton.JITFunction
     types: dict[str, str | tuple[str, ...]]
@@ -44,6 +45,7 @@ class Kernel:
     wide: bool = False
     pairs: tuple[tuple[str, str], ...] = (("fp32", "fp32"), ("bf16", "bf16"))
     quick: tuple[int, ...] = QUICK
+    most_registers: int | None = None
 
 
 def _masks() -> dict[str, Kernel]:
@@ -159,18 +161,23 @@ def _augmented() -> dict[str, Kernel]:
     types = {"out_ptr": "rows", "norm": ("fp32",) * 6, "data_ptr": "u8"}
     types |= {"offsets_ptr": "i64", "sizes_ptr": "i64"}
     sides, pairs = ("height", "width"), (("fp32", "u8"), ("bf16", "u8"))
-    rows, columns, taps = tuning.VIEW_TILE
-    tile = {"channel_stride": 1, "COLOURED": True, "ROWS": rows, "COLUMNS": columns, "TAPS": taps}
+
+    def tile(columns_first: bool) -> dict[str, object]:
+        numbers = (*tuning.VIEW_TILE, *tuning.VIEW_AT_A_TIME[columns_first])
+        sizes = dict(zip(("ROWS", "COLUMNS", "TAPS", "AHEAD"), numbers, strict=True))
+        return {"channel_stride": 1, "COLOURED": True, "COLUMNS_FIRST": columns_first, **sizes}
+
     colours = {"COLOURS": True, "STEPS": jitter | SOLARIZE, "BLOCK": tuning.VIEW_COLOURS}
     near = {"COLOURS": True, "STEPS": SOLARIZE, "BLOCK": tuning.VIEW_NEIGHBOURS}
     found = {
         f"resample: {name}": Kernel(
-            k.resample, types, {**tile, "COLOURS": wanted, "STEPS": steps}, 1, sides, pairs=pairs,
-            quick=quick,
+            k.resample, types, {**tile(turned), "COLOURS": wanted, "STEPS": steps}, 1, sides, pairs=pairs,
+            quick=quick, most_registers=None if turned else tuning.VIEW_REGISTERS,
         )
-        for name, steps, wanted, quick in (
-            ("SimCLR", jitter, True, (90,)), ("DINO", jitter | BICUBIC | SOLARIZE, True, QUICK),
-            ("MAE", BICUBIC, True, (90,)), ("grey", jitter, False, (90,)),
+        for name, steps, wanted, turned, quick in (
+            ("SimCLR", jitter, True, False, (90,)), ("DINO", jitter | BICUBIC | SOLARIZE, True, False, QUICK),
+            ("columns first", jitter | BICUBIC | SOLARIZE, True, True, QUICK),
+            ("MAE", BICUBIC, True, False, (90,)), ("grey", jitter, False, False, (90,)),
         )
     }  # fmt: skip
     return found | {
@@ -259,7 +266,8 @@ def compiled(job: Job):
         if name not in flags and (name.endswith("_ptr") or name in kernel.aligned)
     }
     source = ASTSource(kernel.function, signature, constexprs=flags, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": kernel.warps})
+    options = {"num_warps": kernel.warps, "maxnreg": kernel.most_registers}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
 
 
 def report(job: Job) -> Report:

@@ -1,6 +1,7 @@
-"""Triton kernels of `augment_views`: a view in one to five launches, each over tiles of pixels of all images.
+"""Triton kernels of `augment_views`: a view in one to six launches, each over tiles of pixels of all images.
 
-    resample        crop, resize, flip, and the colours up to contrast, whose mean it begins to sum
+    resample        crop, resize, flip, and the colours up to contrast, whose mean it begins to sum;
+                    for bicubic views twice: images of either order of the two passes
     warp            the affine map, and the same colours after it
     colour          contrast and what follows it
     blur, twice     along rows, then along columns
@@ -19,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from sslfast.kernels import tuning
+from sslfast.kernels.view_resample import resample
 from sslfast.kernels.view_steps import (
     AFFINE,
     AT_CONTRAST,
-    AT_FLIP,
     AT_MATRIX,
     AT_SIGMA,
     BICUBIC,
@@ -37,7 +38,6 @@ from sslfast.kernels.view_steps import (
     _clip,
     _colours,
     _contrast,
-    _gray,
     _image,
     _jitter,
     _load,
@@ -47,163 +47,10 @@ from sslfast.kernels.view_steps import (
 
 View = Any  # of sslfast/ops/augment_views.py, which these modules do not import
 
-_AFFINE, _BICUBIC = tl.constexpr(AFFINE), tl.constexpr(BICUBIC)
-
-
-@triton.jit
-def _centre(at, before, after):
-    """(n, rest): the centre of pixel `at` of `after` is (n + rest / after) / 2 pixels into `before`. n is
-    whole and rest in [0, after), so that float32 suffices for distances from n; products stay below 2^30."""
-    twice = (2 * at + 1) * before
-    return twice // after, twice % after
-
-
-@triton.jit
-def _reach(before, after, STEPS: tl.constexpr):
-    """(half the filter's width in pixels of `before`, the most pixels within, what makes twice a distance
-    the filter's argument)"""
-    wider, support = tl.maximum(before, after), 1
-    if _BICUBIC & STEPS:
-        support = 2
-    count = (2 * support * wider + after - 1) // after
-    return support * (wider.to(tl.float32) / after), count, 0.5 * after / wider
-
-
-@triton.jit
-def _first_tap(n, fraction, reach):
-    """The first pixel with a centre within reach of (n + fraction) / 2; only one of weight 0 may round to the
-    wrong side."""
-    return (n >> 1) + tl.floor(0.5 * ((n & 1) + fraction) - reach + 0.5).to(tl.int32)
-
-
-@triton.jit
-def _filter(t, STEPS: tl.constexpr):
-    """Pillow's: a triangle, or Keys' cubic with a = -0.5."""
-    near = tl.maximum(1 - tl.abs(t), 0.0)
-    if _BICUBIC & STEPS:  # its outer piece, continued to 0, and what the inner one has more
-        far = tl.maximum(2 - tl.abs(t), 0.0)
-        return near * near * (1 - 2 * near) + far * far * (0.5 * far - 0.5)
-    else:
-        return near
-
-
-@triton.jit
-def _weighted(weights, lines, STEPS: tl.constexpr):
-    """[ROWS, TAPS] x [TAPS, COLUMNS], in units of bytes; Pillow clips between its two passes."""
-    if _BICUBIC & STEPS:
-        lines = tl.minimum(tl.maximum(lines, 0.0), 255.0)
-    return tl.sum(weights[:, :, None] * lines[None, :, :], 1)
-
 
 # Kernels. Images of a round begin with image `first` of the batch and row `row` of params. Kernels that read
 # a pixel's neighbours are told nothing of the sides' divisors: pixels in a row then belong to threads in a
 # row, elsewhere four of them to one thread.
-
-
-@triton.jit(do_not_specialize=["first", "row"])
-def resample(
-    data_ptr, offsets_ptr, sizes_ptr, params_ptr, to_ptr, part_ptr, out_ptr, norm, first, row, channel_stride,
-    row_stride, column_stride, height, width, COLOURED: tl.constexpr, COLOURS: tl.constexpr,
-    STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """A tile [ROWS, COLUMNS] of a view: TAPS rows of the crop at a time are resized along x, and added to
-    those rows of the tile within whose reach they are. COLOURED: the images have red, green and blue.
-
-    Where columns come first, the same is done to the transposed image: x is the view's row then."""
-    most = tl.maximum(
-        tl.cdiv(width, COLUMNS) * tl.cdiv(height, ROWS), tl.cdiv(height, COLUMNS) * tl.cdiv(width, ROWS)
-    )
-    image, tile, row_ptr = _image(params_ptr, row, most)
-
-    # The crop, within the image whatever params say
-    image_height = tl.load(sizes_ptr + 2 * (first + image)).to(tl.int32)
-    image_width = tl.load(sizes_ptr + 2 * (first + image) + 1).to(tl.int32)
-    top = _bounded(tl.load(row_ptr), 0, image_height - 1)
-    left = _bounded(tl.load(row_ptr + 1), 0, image_width - 1)
-    crop_height = _bounded(tl.load(row_ptr + 2), 1, image_height - top)
-    crop_width = _bounded(tl.load(row_ptr + 3), 1, image_width - left)
-    row_step = tl.where(row_stride < 0, image_width.to(tl.int64) * column_stride, row_stride)
-    corner_ptr = data_ptr + tl.load(offsets_ptr + first + image)
-    corner_ptr += top * row_step + left.to(tl.int64) * column_stride
-
-    plane = height * width
-    turned = crop_height - height > 2 * tl.maximum(crop_width - width, 0)
-    step_y, step_x = tl.where(turned, column_stride, row_step), tl.where(turned, row_step, column_stride)
-    crop_y, crop_x = tl.where(turned, crop_width, crop_height), tl.where(turned, crop_height, crop_width)
-    size_y, size_x = tl.where(turned, width, height), tl.where(turned, height, width)
-    across = tl.cdiv(size_x, COLUMNS)
-    y = tile // across * ROWS
-    j = tl.arange(0, ROWS)
-    x = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-
-    # Along x: where the taps begin, and the filter's argument there
-    reach, count_x, narrower_x = _reach(crop_x, size_x, STEPS)
-    n, rest = _centre(tl.minimum(x, size_x - 1), crop_x, size_x)
-    fraction = rest.to(tl.float32) / size_x
-    first_x = _first_tap(n, fraction, reach)
-    first_t = ((2 * first_x + 1 - n).to(tl.float32) - fraction) * narrower_x
-
-    # Along y: taps of all rows of the tile, and twice their centres, n + whole + part
-    reach, count_y, narrower_y = _reach(crop_y, size_y, STEPS)
-    per_row = 1.0 / size_y
-    n, rest = _centre(tl.minimum(y + ROWS, size_y) - 1, crop_y, size_y)
-    high = tl.minimum(_first_tap(n, rest * per_row, reach) + count_y, crop_y)
-    n, rest = _centre(y, crop_y, size_y)
-    low = tl.maximum(_first_tap(n, rest * per_row, reach), 0)
-    j_inside = tl.minimum(j, size_y - 1 - y)
-    rest += j_inside * (2 * crop_y % size_y)
-    more = (rest * per_row).to(tl.int32)  # on either side, if it is about to be one more
-    whole = (j_inside * (2 * crop_y // size_y) + more).to(tl.float32)
-    part_t = (rest - more * size_y) * (per_row * narrower_y)
-
-    r = tl.zeros([ROWS, COLUMNS], tl.float32)
-    g, b = r, r
-    total = tl.zeros([ROWS], tl.float32)
-    for p in range(low, high, TAPS):
-        taps = p + tl.arange(0, TAPS)
-        line_ptr = corner_ptr + tl.minimum(taps, crop_y - 1) * step_y
-        line_r = tl.zeros([TAPS, COLUMNS], tl.float32)
-        line_g, line_b = line_r, line_r
-        line_total = tl.zeros([COLUMNS], tl.float32)
-        for k in range(0, count_x):
-            column = tl.minimum(tl.maximum(first_x + k, 0), crop_x - 1)
-            weight = tl.where(column == first_x + k, _filter(first_t + k * (2 * narrower_x), STEPS), 0.0)
-            line_total += weight
-            pixel_ptr = line_ptr[:, None] + (column.to(tl.int64) * step_x)[None, :]
-            line_r += weight[None, :] * tl.load(pixel_ptr).to(tl.float32)
-            if COLOURED:
-                line_g += weight[None, :] * tl.load(pixel_ptr + channel_stride).to(tl.float32)
-                line_b += weight[None, :] * tl.load(pixel_ptr + 2 * channel_stride).to(tl.float32)
-        if COLOURED and not COLOURS:
-            line_r = _gray(line_r, line_g, line_b, True)
-        far = tl.where(taps < crop_y, (2 * taps + 1 - n).to(tl.float32), 1e9)
-        weights = _filter((far[None, :] - whole[:, None]) * narrower_y - part_t[:, None], STEPS)
-        total += tl.sum(weights, 1)
-        scale = (1 / line_total)[None, :]
-        r += _weighted(weights, line_r * scale, STEPS)
-        if COLOURED and COLOURS:
-            g += _weighted(weights, line_g * scale, STEPS)
-            b += _weighted(weights, line_b * scale, STEPS)
-    scale = (1 / (255 * total))[:, None]
-    r = _clip(r * scale)
-    if COLOURED and COLOURS:
-        g, b = _clip(g * scale), _clip(b * scale)
-    else:
-        g, b = r, r
-
-    inside = (y + j < size_y)[:, None] & (x < size_x)[None, :]
-    line, column = (y + j)[:, None] + 0 * x[None, :], x[None, :] + 0 * j[:, None]
-    line, column = tl.where(turned, column, line), tl.where(turned, line, column)
-    column = tl.where(tl.load(row_ptr + AT_FLIP) != 0, width - 1 - column, column)
-    at = line * width + column
-    channels = 1 + 2 * COLOURS
-    to_ptr += image * channels * plane
-    out_ptr += (first + image) * channels * plane
-    if _AFFINE & STEPS:
-        _store(to_ptr, r, g, b, at, plane, inside, COLOURS)
-    else:
-        part_ptr += tl.program_id(0)
-        _colours(to_ptr, part_ptr, out_ptr, r, g, b, at, plane, inside, row_ptr, norm, COLOURS, STEPS)
 
 
 @triton.jit(do_not_specialize=["first", "row", "height", "width"])
@@ -363,10 +210,9 @@ def _images(view: View, batch: int) -> int:
 
 def _tiles(view: View) -> tuple[int, int]:
     """Of an image: for `resample`, and for `warp` and `blur`."""
-    rows, columns, _ = tuning.VIEW_TILE
-    both = ((view.height, view.width), (view.width, view.height))
-    most = max(triton.cdiv(down, rows) * triton.cdiv(across, columns) for down, across in both)
-    return most, triton.cdiv(view.height * view.width, tuning.VIEW_NEIGHBOURS)
+    rows, columns = tuning.VIEW_TILE
+    across, down = triton.cdiv(view.width, columns), triton.cdiv(view.height, rows)
+    return across * down, triton.cdiv(view.height * view.width, tuning.VIEW_NEIGHBOURS)
 
 
 def _round(given, layout, view: View, out, first: int, row: int, images: int, scratch) -> None:
@@ -375,10 +221,12 @@ def _round(given, layout, view: View, out, first: int, row: int, images: int, sc
     steps, colours, shape = _steps(view), view.channels == 3, (view.height, view.width)
     places, norm = (first, row), _norm(view)
     tiles, blocks = _tiles(view)
-    resample[(images * tiles,)](
-        *given, a, part, out, norm, *places, *strides, *shape, channels >= 3, colours, steps,
-        *tuning.VIEW_TILE, num_warps=1,
-    )  # fmt: skip
+    for columns_first in (False, True) if steps & BICUBIC else (False,):
+        resample[(images * tiles,)](
+            *given, a, part, out, norm, *places, *strides, *shape, channels >= 3, colours, steps,
+            columns_first, *tuning.VIEW_TILE, *tuning.VIEW_AT_A_TIME[columns_first], num_warps=1,
+            maxnreg=None if columns_first else tuning.VIEW_REGISTERS,
+        )  # fmt: skip
     grid, block, parts = (images * blocks,), tuning.VIEW_NEIGHBOURS, tiles
     if steps & AFFINE:
         warp[grid](a, params, b, part, out, norm, *places, *shape, colours, steps, block, num_warps=4)

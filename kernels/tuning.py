@@ -43,11 +43,14 @@ PROTOTYPES = {"cpu": 1 << 19, "cuda": 1 << 23}
 # Sinkhorn: classes of a row at a time, a tile of rows and classes for sums over rows, and into how many parts
 # the rows are split at most.
 SINKHORN_BLOCK, SINKHORN_TILE, SINKHORN_PARTS = 2048, (16, 128), 32
-# Views of images. A tile of `resample`: rows, columns (one per thread of its only warp, so that no thread
-# repeats another's work) and rows of the image at a time, which share the weights along a row. Pixels of a
-# program, with 4 warps, of the colours (two 16-byte loads per thread and channel) and of kernels that read
-# neighbours. And the most numbers of a buffer between two kernels.
-VIEW_TILE, VIEW_COLOURS, VIEW_NEIGHBOURS, VIEW_BUFFER = (8, 32, 4), 1024, 512, 1 << 26
+# Views of images. A tile of `resample`: rows, and columns, one per thread of its only warp, so that no thread
+# repeats another's work. Rows and columns of the image at a time, which share each other's weights, where
+# rows are resized first (one column: each thread has its own) and where columns are (with 4 rows Triton 3.8
+# spilled on sm_100). The registers of the usual order, of which ptxas would take more than it needs.
+# Pixels of a program, with 4 warps, of the colours (two 16-byte loads per thread and channel) and of kernels
+# that read neighbours. And the most numbers of a buffer between two kernels.
+VIEW_TILE, VIEW_AT_A_TIME, VIEW_REGISTERS = (8, 32), {False: (4, 1), True: (2, 2)}, 128
+VIEW_COLOURS, VIEW_NEIGHBOURS, VIEW_BUFFER = 1024, 512, 1 << 26
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those the tables below were compiled for
 VARIANTS = ("sums", "attend", "expect", "grad")  # expect: `attend` with MEAN

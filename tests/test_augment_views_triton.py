@@ -23,14 +23,15 @@ EVERY = ViewSpec(
 )  # fmt: skip
 GREY = {"channels": 1, "mean": (0.3,), "std": (0.2,)}
 ORDERS = [float(x) for x in view_params._ORDERS]
-SHIPPED = {name: getattr(tuning, name) for name in ("VIEW_TILE", "VIEW_COLOURS", "VIEW_NEIGHBOURS")}
+SHIPPED = {name: getattr(tuning, name) for name in dir(tuning) if name.startswith("VIEW_")}
 NEAR = 1e-4  # of the threshold: rounding decides whether a value is inverted
 
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """Fewer programs for the interpreter, which takes milliseconds for each."""
-    monkeypatch.setattr(tuning, "VIEW_TILE", (32, 64, 16))
+    monkeypatch.setattr(tuning, "VIEW_TILE", (32, 64))
+    monkeypatch.setattr(tuning, "VIEW_AT_A_TIME", {False: (16, 1), True: (16, 4)})
     monkeypatch.setattr(tuning, "VIEW_COLOURS", 2048)
     monkeypatch.setattr(tuning, "VIEW_NEIGHBOURS", 2048)
 
@@ -91,9 +92,12 @@ def test_preset(preset):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_whole_images_to_few_pixels_and_to_many(interpolation):
     specs = [
-        ViewSpec(crop_scale=None, interpolation=interpolation, size=size) for size in (1, (7, 60), (31, 40))
+        ViewSpec(crop_scale=None, interpolation=interpolation, size=size)
+        for size in (1, (7, 60), (31, 40), (40, 33))
     ]
-    assert_close(*problem(packed((31, 40), (1, 1), (90, 20)), specs))
+    images = packed((45, 40), (1, 1), (90, 20))  # columns come first in some, rows in others
+    images.data[:] = 255 * (images.data > 127)
+    assert_close(*problem(images, specs))
 
 
 def layouts(channels):
@@ -149,12 +153,21 @@ def test_dtype(dtype):
     )
 
 
-@pytest.mark.parametrize("size, radius", [((1, 1), 3), ((1, 9), 3), ((9, 1), 30), ((4, 7), 3), ((4, 3), 50)])
+@pytest.mark.parametrize("size, radius", [((1, 1), 3), ((1, 9), 3), ((9, 1), 30), ((4, 3), 3), ((4, 3), 50)])
 def test_blur_reflects_as_often_as_it_takes(size, radius):
     spec = ViewSpec(blur_prob=1.0, blur_kernel=2 * radius + 1, blur_sigma=(0.3, 12.0), size=size)
     source, table, views = problem(noise(4, 3, 10, 10), [spec])
     table[0, :, 11] = torch.tensor([1e-3, 0.7, 2.5, 1e3])
     assert_close(source, table, views)
+
+
+def test_white_stays_within_1():
+    specs = [
+        replace(EVERY, size=(5, 7), affine_prob=p, solarize_prob=0.0, mean=None, std=None) for p in (0.0, 0.9)
+    ]
+    source, table, views = problem(noise(8, 3, 9, 8) | 255, specs)
+    table[:, :, 11] = torch.linspace(0.3, 2, 8)
+    assert all(0 <= float(x.min()) and float(x.max()) <= 1 for x in made(source, table, views))
 
 
 def test_tiles_as_shipped(monkeypatch):
@@ -165,7 +178,8 @@ def test_tiles_as_shipped(monkeypatch):
 
 def test_blocks_of_some_rows(monkeypatch):
     """Of colours and blur; the mean is one of many sums."""
-    monkeypatch.setattr(tuning, "VIEW_TILE", (4, 16, 2))
+    monkeypatch.setattr(tuning, "VIEW_TILE", (4, 16))
+    monkeypatch.setattr(tuning, "VIEW_AT_A_TIME", {False: (2, 1), True: (1, 4)})
     monkeypatch.setattr(tuning, "VIEW_COLOURS", 32)
     monkeypatch.setattr(tuning, "VIEW_NEIGHBOURS", 64)
     spec = replace(EVERY, size=(11, 19))
@@ -174,7 +188,10 @@ def test_blocks_of_some_rows(monkeypatch):
 
 def test_same_bits_in_any_order_and_in_rounds(monkeypatch):
     """Programs out of order; the buffers hold all images, or two."""
-    given = problem(packed(*MANY), [replace(EVERY, size=9), replace(EVERY, size=(5, 12), affine_prob=0.0)])
+    given = problem(
+        packed(*MANY),
+        [replace(EVERY, size=9), replace(EVERY, size=(5, 12), affine_prob=0.0), ViewSpec(size=9)],
+    )
     expected = made(*given, reverse=False)
     found = [made(*given)]
     monkeypatch.setattr(tuning, "VIEW_BUFFER", 2 * 3 * 9 * 9)
@@ -184,10 +201,10 @@ def test_same_bits_in_any_order_and_in_rounds(monkeypatch):
 
 def test_launches(monkeypatch):
     names = launches(monkeypatch)
-    colours = ["resample", "colour"]
-    blurred = [*colours, "blur", "blur"]
+    colours, blurs, bicubic = ["resample", "colour"], ["blur", "blur"], ["resample", "resample"]
     for preset, expected in {
-        "mae": ["resample"], "mocov1": 2 * colours, "byol": 2 * blurred, "mnist": 2 * ["resample", "warp"],
+        "mae": bicubic, "mocov1": 2 * colours, "simclr": 2 * [*colours, *blurs],
+        "byol": 2 * [*bicubic, "colour", *blurs], "mnist": 2 * ["resample", "warp"],
     }.items():  # fmt: skip
         names.clear()
         op._triton(*problem(noise(1, 3, 9, 9), view_specs(preset, 33)), torch.float32)
@@ -240,8 +257,9 @@ def test_nothing_outside_the_images_is_read(reads):
         start = images.data.data_ptr() + images.offsets
         spans = [(int(at), int(at) + 3 * int(n)) for at, n in zip(start, images.sizes.prod(1), strict=True)]
         for number in NONSENSE if fill else NONSENSE[:1]:
-            for column in (1, slice(0, 4), slice(0, 19)):
+            for column in (0, 1, slice(0, 4), slice(0, 19)):
                 changed = table.clone()
+                changed[:, :, 2:4] = 1
                 changed[:, :, column] = number
                 with np.errstate(all="ignore"):
                     op._triton(source, changed, views, torch.float32)
