@@ -86,7 +86,8 @@ sanitize: $(READY)
 	    tests/test_contrastive.py tests/test_native.py tests/test_ema.py tests/test_patch_mask.py \
 	    tests/test_patches.py tests/test_masked_patch_mse.py tests/test_soft_cross_entropy.py \
 	    tests/test_head_loss.py tests/test_sinkhorn.py tests/test_similarity_bce.py tests/test_hardest_pairs.py \
-	    tests/test_linear_cross_entropy.py tests/test_view_transforms.py tests/test_view_params.py tests/test_view_inputs.py
+	    tests/test_linear_cross_entropy.py tests/test_view_transforms.py tests/test_view_params.py tests/test_view_inputs.py \
+	    tests/test_view_errors.py
 
 # One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1

@@ -1,5 +1,6 @@
 // Binding of augment_views.
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "bind.h"
@@ -58,12 +59,15 @@ void augment_views_cpu(uintptr_t data, int64_t extent, const std::array<int64_t,
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t height = p.sizes[2 * b], width = p.sizes[2 * b + 1];
     if (height < 1 || width < 1 || height > kLargestSide || width > kLargestSide || height * width > kLargestImage) {
-      throw std::invalid_argument("images: expected 1 to 65535 pixels a side, and at most 2^28");
+      throw std::invalid_argument("images: expected 1 to 65535 pixels a side, and at most 2^28, got " +
+                                  std::to_string(height) + " x " + std::to_string(width));
     }
     const int64_t row = row_stride < 0 ? width * column_stride : row_stride;
     const int64_t last = (height - 1) * row + (width - 1) * column_stride + (channels - 1) * channel_stride;
     if (p.offsets[b] < 0 || p.offsets[b] >= extent || last >= extent - p.offsets[b]) {
-      throw std::invalid_argument("images: expected all of them within their data");
+      throw std::invalid_argument("images: expected all of them within their " + std::to_string(extent) +
+                                  " bytes, got one of " + std::to_string(height) + " x " + std::to_string(width) +
+                                  " pixels from " + std::to_string(p.offsets[b]) + " on");
     }
   }
   py::gil_scoped_release unlocked;

@@ -103,8 +103,9 @@ def _rows_first(
             pixel_ptr = line_ptr[:, None] + place[None, :]
             line_r += weight[None, :] * tl.load(pixel_ptr).to(tl.float32)
             if COLOURED:
+                blue_ptr = pixel_ptr + channel_stride + channel_stride  # twice it may exceed 32 bits
                 line_g += weight[None, :] * tl.load(pixel_ptr + channel_stride).to(tl.float32)
-                line_b += weight[None, :] * tl.load(pixel_ptr + 2 * channel_stride).to(tl.float32)
+                line_b += weight[None, :] * tl.load(blue_ptr).to(tl.float32)
         if COLOURED and not COLOURS:
             line_r = _gray(line_r, line_g, line_b, True)
         total += tl.sum(weights, 1)
@@ -142,7 +143,7 @@ def _columns_first(
             if COLOURED:
                 x = tl.load(pixel_ptr + channel_stride).to(tl.float32)
                 pile_g += tl.sum(weights * x[None, :, :, :], 1)
-                x = tl.load(pixel_ptr + 2 * channel_stride).to(tl.float32)
+                x = tl.load(pixel_ptr + channel_stride + channel_stride).to(tl.float32)
                 pile_b += tl.sum(weights * x[None, :, :, :], 1)
         if COLOURED and not COLOURS:
             pile_r = _gray(pile_r, pile_g, pile_b, True)

@@ -170,6 +170,19 @@ def test_white_stays_within_1():
     assert all(0 <= float(x.min()) and float(x.max()) <= 1 for x in made(source, table, views))
 
 
+@pytest.mark.parametrize("channels, columns_first", [(3, False), (1, False), (3, True)])
+def test_strides_beyond_32_bits(channels, columns_first):
+    """Of channels, of which twice the stride is too; of rows; of images."""
+    height, width, stride = 12 if columns_first else 3, 3, 2**30 + 7
+    storage = torch.empty(2 * stride + 20 * height, dtype=torch.uint8)  # of addresses; few pages are used
+    images = storage.as_strided((2, 3, height, width), (4 * height, stride, 4, 1))
+    images.copy_(noise(*images.shape))
+    assert_close(*problem(images, [ViewSpec(channels=channels, crop_scale=None, interpolation="bicubic")], 2))
+    (rows,) = (storage.as_strided((1, 3, 3, 4), (1, 6, stride, 1)),)
+    rows.copy_(noise(*rows.shape))
+    assert_close(*problem(rows, [ViewSpec(crop_scale=None)], 2))
+
+
 def test_tiles_as_shipped(monkeypatch):
     for name, value in SHIPPED.items():
         monkeypatch.setattr(tuning, name, value)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import sslfast
 from sslfast import PackedImages, ViewParams, ViewSpec, augment_views, pack_images, view_specs
 
 NAN, INF = math.nan, math.inf
@@ -54,7 +55,7 @@ COLUMNS = {
     **dict.fromkeys((2, 3), (NAN, INF, -INF, -1, 0.5, 0, 9, 1e30)),  # height, width
     4: (NAN,), 5: (NAN, INF, -1, 0, 27 + 256, 228.5, 255), **dict.fromkeys((6, 7, 8), (NAN, INF, -INF)),
     9: (NAN, INF, -INF, 1e38), 10: (NAN,), 11: (NAN, INF, -1, 1e-4, 1e4), 12: (NAN,),
-    **dict.fromkeys(range(13, 19), (NAN, INF, -INF, 1e7)),
+    **dict.fromkeys(range(13, 19), (NAN, INF, -INF, 2e9)),
 }  # fmt: skip
 
 # (call, name of the argument, what it is given, error)
@@ -172,10 +173,10 @@ FIELDS = [
     *(("solarize_threshold", x, ValueError) for x in (NAN, INF)),
     *(("solarize_threshold", x, TypeError) for x in (None, "0.5", True)),
     *((name, x, ValueError) for name in ("mean", "std") for x in (
-        (0.5,), (0.5,) * 4, (), (NAN, 0.5, 0.5), (0.5, INF, 0.5),
+        (0.5,), (0.5,) * 4, (), (NAN, 0.5, 0.5), (0.5, INF, 0.5), (1.1e6, 1, 1),
     )),
     *((name, x, TypeError) for name in ("mean", "std") for x in (0.5, "123", torch.ones(3), ("1", "1", "1"))),
-    *(("std", x, ValueError) for x in ((0, 1, 1), (0.2, 0.2, -0.2))),
+    *(("std", x, ValueError) for x in ((0, 1, 1), (0.2, 0.2, -0.2), (1e-40, 1, 1))),
 ]  # fmt: skip
 
 
@@ -196,6 +197,36 @@ def test_fields_are_refused_by_name(name, value, error):
     assert_refused(lambda x: ViewSpec(**{name: x}), name, value, error)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("what, value", [
+    ("offsets", -1), ("offsets", 53), ("offsets", (1 << 63) - 1), ("sizes", 0), ("sizes", -3),
+    ("sizes", 70_000), ("sizes", 1 << 62),
+])  # fmt: skip
+def test_images_that_were_written_to(what, value, backend):
+    """After PackedImages had checked them; by the function, and by the op on the CPU for itself."""
+    images = packed()
+    getattr(images, what).view(-1)[-1] = value
+    with sslfast.use_backend(backend):
+        assert_refused(lambda x: augment(images=x), what, images, ValueError)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="^images: "):
+            raw(images, ViewParams(GOOD).table)
+
+
+def raw(images, params):
+    steps, scales = [8, 8, 3, 0, 0], [1.0] * 3 + [0.0] * 3
+    return torch.ops.sslfast.augment_views(
+        images.data, images.offsets, images.sizes, params, [3, 1, -1, 3], steps, scales, torch.float32, "cpu"
+    )
+
+
+def test_the_op_takes_params_of_its_own_alone():
+    assert raw(packed(), GOOD)[0].shape == (2, 3, 8, 8)
+    for params in (GOOD[..., :1], GOOD[..., :18], GOOD[:, :1], GOOD.repeat(2, 1, 1), GOOD.double()):
+        with pytest.raises((TypeError, ValueError), match="^params: "):
+            raw(packed(), params)
+
+
 def test_mean_and_std_are_of_the_channels_of_the_view():
     one = ViewSpec(channels=1, mean=(0.5,), std=(0.2,), size=4)
     assert augment(view_specs=[one])[0].shape == (2, 1, 4, 4)
@@ -210,11 +241,11 @@ def test_what_is_refused_beside_what_is_taken():
     ends = {
         **dict.fromkeys(PROBABILITIES, 1), "crop_scale": (1, 1), "jitter": (10, 10, 10, 0.5),
         "blur_kernel": 1, "degrees": 360, "translate": (1, 1), "size": (1, 1), "solarize_threshold": -3.0,
-        "mean": (0, 0, 0),
+        "mean": (0, 1e6, -1e6), "std": (1e-6, 1e6, 1),
     }  # fmt: skip
     assert augment(view_specs=[ViewSpec(**ends)])[0].isfinite().all()
     last = packed(offsets=torch.tensor([52, 52]))
     assert len(augment(images=last, view_specs="dino", size=14)) == 10
-    for column, numbers in {0: (0,), 5: (27, 228), 11: (1e-3, 1e3), 12: (-INF, 0), 13: (1e6,)}.items():
+    for column, numbers in {0: (0,), 5: (27, 228), 11: (1e-3, 1e3), 12: (-INF, 0), 13: (1e9,)}.items():
         for number in numbers:
             assert edited(column, number)[0].isfinite().all()

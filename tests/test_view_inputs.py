@@ -274,3 +274,28 @@ def test_modes_and_defaults_around_a_call_change_no_bit(backend, around):
         with AROUND[around]():
             ours = views_of(images, specs)
         assert same(ours, views_of(images, specs))
+
+
+def test_params_of_the_strangest_specs_are_taken_again():
+    specs = [
+        ViewSpec(
+            size=size, crop_scale=(scale, scale), crop_ratio=(ratio, ratio), jitter=(10, 10, 10, 0.5),
+            jitter_prob=1, blur_prob=1, blur_sigma=(sigma, sigma), blur_kernel=5, affine_prob=1, degrees=360,
+            shear=80, translate=(1, 1), affine_scale=(factor, factor), solarize_prob=1,
+            solarize_threshold=-1e30,
+        )
+        for size, scale, ratio, sigma, factor in (
+            ((2, 8192), 1e-9, 1e-3, 1e-3, 1e-3), ((8192, 2), 1, 1e3, 1e3, 1e3), (1, 0.3, 1, 1, 1),
+        )
+    ]  # fmt: skip
+    images = noise(40, 3, 3, 70)
+    views, params = augment_views(images, specs, return_params=True)
+    assert params.affine.abs().max() > 1e6 and all(view.isfinite().all() for view in views)
+    assert same(augment_views(images, specs, params=params), views)
+
+
+def test_images_and_params_are_compared_by_identity():
+    images = pack_images([noise(3, 4, 4)])
+    _, params = augment_views(images, SPECS, return_params=True)
+    assert images == images and images != pack_images([noise(3, 4, 4)])
+    assert params == params and params != ViewParams(params.table)

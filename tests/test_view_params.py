@@ -178,7 +178,7 @@ def test_factors_are_never_negative():
     assert (p.jitter[..., 3] == 0).all()
 
 
-def test_affine_maps_are_torchvision_s():
+def test_affine_maps_are_shift_rotation_shear_and_factor():
     """Rotation, shears, factor and shift taken out of their matrices."""
     specs = [
         replace(AFFINE, degrees=40.0), replace(AFFINE, shear=30.0), replace(AFFINE, translate=(0.3, 0.1)),
@@ -287,15 +287,16 @@ def test_specs_have_the_published_numbers(preset):
 
 def test_specs_of_other_sizes_are_the_published_ones():
     for size, kernel in ((48, 5), (96, 9), (160, 17), (200, 21), (224, 23), (320, 33), (40, 5), (64, 7)):
-        assert view_specs("simclr", size)[0].blur_kernel == kernel  # 2 * (size // 10 // 2) + 1
+        assert view_specs("simclr", size)[0].blur_kernel == kernel
     for preset in ("simclr", "mocov2", "byol", "dino"):
         assert all(spec.blur_prob == 0 for spec in view_specs(preset, 32))
     small = view_specs("simclr", 32)
     assert all(spec.jitter == (0.4, 0.4, 0.4, 0.1) and spec.jitter_prob == 0.8 for spec in small)
-    dino = view_specs("dino", 98, local_crops=3, crop_area=0.32)
-    assert [spec.size for spec in dino] == [(98, 98)] * 2 + [(42, 42)] * 3
-    assert [spec.crop_scale for spec in dino] == [(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 3
-    assert [spec.size[0] for spec in view_specs("dino", local_crops=1, local_size=80)] == [224, 224, 80]
+    dino = view_specs("dino", 98, local_crops=2, crop_area=0.32)
+    assert [spec.size for spec in dino] == [(98, 98)] * 2 + [(42, 42)] * 2
+    assert [spec.crop_scale for spec in dino] == [(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 2
+    assert view_specs("dino", local_crops=1, local_size=80)[2].size == (80, 80)
+    assert [spec.blur_prob for spec in view_specs("dino", 64, local_crops=1)] == [1.0, 0.1, 0.0]  # 27 pixels
 
 
 def test_a_replaced_field_is_all_that_changes():

@@ -78,5 +78,6 @@ def test_specs_suit_the_data(preset, channels):
         assert tuple(spec.crop_scale for spec in specs[1:3]) == areas
     blurred = {"simclr": 0.5, "mocov2": 0.5, "mocov3": 1.0, "byol": 1.0, "dino": 1.0}
     first, _, local = augment.multi_crop(preset, 96, channels, 1, 48, 0.3).specs
+    assert not first.blur_prob or preset != "simclr" or (first.blur_kernel, local.blur_kernel) == (9, 5)
     assert (first.blur_prob, local.blur_prob) == (blurred.get(preset, 0), 0.5 * (preset in blurred))
     assert augment.one_view(preset, 64, channels).specs == augment.two_views(preset, 64, channels).specs[:1]

@@ -350,6 +350,7 @@ namespace SSLFAST_ISA {
 
 bool augment_views(const AugmentViews& p) {
   if (p.dtype == Float::f64) return false;
+  if (!p.batch) return true;
   Sizes sizes;
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {

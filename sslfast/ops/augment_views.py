@@ -16,7 +16,7 @@ from sslfast.ops._check import FLOATS, check_tensor, traced
 from sslfast.ops._library import define
 from sslfast.ops.packed_images import LARGEST_IMAGE, LARGEST_SIDE, PackedImages
 from sslfast.ops.patch_mask import device_for
-from sslfast.ops.view_params import ViewParams, draw
+from sslfast.ops.view_params import WIDTH, ViewParams, draw
 from sslfast.ops.view_specs import ViewSpec, checked
 from sslfast.ops.view_steps import ADJUST, blur, resize, to_gray, warp
 
@@ -134,7 +134,7 @@ def _cpu(source: Source, params: Tensor, views: Sequence[View], dtype: torch.dty
         _backend.address("images", data), extent if data.numel() else 0, source.layout,
         _backend.pointer("offsets", source.offsets, torch.int64, (batch,), device),
         _backend.pointer("sizes", source.sizes, torch.int64, (batch, 2), device),
-        _backend.pointer("params", params, torch.float32, (len(views), batch, params.shape[2]), device),
+        _backend.pointer("params", params, torch.float32, (len(views), batch, WIDTH), device),
         [(v.height, v.width, v.channels, v.steps, v.radius) for v in views],
         [(*v.scale, *v.shift) for v in views],
         [_backend.pointer("view", x, dtype, tuple(x.shape), device) for x in outputs],
@@ -146,8 +146,11 @@ def _cpu(source: Source, params: Tensor, views: Sequence[View], dtype: torch.dty
 def _triton(source: Source, params: Tensor, views: Sequence[View], dtype: torch.dtype) -> list[Tensor]:
     from sslfast.kernels import augment_views
 
-    outputs = _outputs(source, views, dtype)
-    if len(source.offsets):
+    outputs, batch = _outputs(source, views, dtype), len(source.offsets)
+    check_tensor("params", params, (torch.float32,), (len(views), batch, WIDTH), source.data)
+    check_tensor("offsets", source.offsets, (torch.int64,), (batch,), source.data)
+    check_tensor("sizes", source.sizes, (torch.int64,), (batch, 2), source.data)
+    if batch:
         with _backend.device_of(source.data):
             augment_views.launch(*source, params, views, outputs)
     return outputs
@@ -209,6 +212,7 @@ def _number(device: torch.device, generator: torch.Generator | None) -> Tensor:
 
 def _source(images: Tensor | PackedImages) -> Source:
     if isinstance(images, PackedImages):
+        images.check()
         layout = images.channels, 1, -1, images.channels
         data, offsets, sizes = (x.contiguous() for x in (images.data, images.offsets, images.sizes))
         return Source(data, offsets, sizes, layout)
@@ -285,11 +289,13 @@ def augment_views(
             `view_specs`; or a list of ViewSpec.
         size: of views whose spec has none, in pixels: the side of a square, or (height, width).
         generator: on the images' device; by default the device's own.
-        out_dtype: of the views, floating; float32 by default.
+        out_dtype: of the views, floating; float32 by default. float64 has the reference alone, which on a
+            GPU waits for numbers.
         params: what to do instead of drawing it, as an earlier call has returned it.
         return_params: return (views, params).
         ids: int64 [B], what to draw each image's numbers by, such as its index in the data set; by default
-            its place in the batch.
+            its place in the batch. Processes that share a generator's state, and each train on their part of
+            a batch, want the index: places are the same in all of them.
 
     Returns:
         For each spec a contiguous tensor [B, channels, h, w]; values before normalisation are in [0, 1].

@@ -13,7 +13,7 @@ from sslfast.ops._check import check_count, check_tensor, may_read
 LARGEST_SIDE, LARGEST_IMAGE = 65535, 1 << 28  # pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedImages:
     """uint8 images, each [H, W, channels] in one piece of `data`, in any order and with any gaps.
 
@@ -34,6 +34,10 @@ class PackedImages:
     channels: int = 3
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises what is named above: a view of an image begins with it, since tensors can be written to."""
         check_tensor("data", self.data, (torch.uint8,), (None,))
         check_tensor("offsets", self.offsets, (torch.int64,), (None,), self.data)
         check_tensor("sizes", self.sizes, (torch.int64,), (len(self.offsets), 2), self.data)
@@ -43,9 +47,11 @@ class PackedImages:
             if bool((self.sizes < 1).any()):
                 image = int((self.sizes < 1).any(1).nonzero()[0, 0])
                 raise ValueError(f"sizes: expected at least one pixel, got {self.sizes[image].tolist()}")
-            if bool((self.sizes > LARGEST_SIDE).any()) or bool((height * width > LARGEST_IMAGE).any()):
+            large = (self.sizes > LARGEST_SIDE).any(1) | (height * width > LARGEST_IMAGE)
+            if bool(large.any()):
                 raise ValueError(
-                    f"sizes: expected at most {LARGEST_SIDE} pixels a side and {LARGEST_IMAGE} in all"
+                    f"sizes: expected at most {LARGEST_SIDE} pixels a side and {LARGEST_IMAGE} in all, "
+                    f"got {self.sizes[int(large.nonzero()[0, 0])].tolist()}"
                 )
             last = len(self.data) - height * width * self.channels
             wrong = (self.offsets < 0) | (self.offsets > last)
@@ -73,7 +79,7 @@ class PackedImages:
 
 
 def pack_images(images: Sequence[Any], channels: int = 3) -> PackedImages:
-    """Copies images of any sizes into one buffer; usable as the collate_fn of a DataLoader.
+    """Copies images of any sizes into one buffer; the collate_fn of a DataLoader, or part of it.
 
     Args:
         images: Pillow images, uint8 arrays [H, W] or [H, W, C], or uint8 tensors [H, W] or [C, H, W]. Grey

@@ -18,8 +18,8 @@ class ViewSpec:
     """A random view: crop and resize, flip, affine map, colours, blur, solarize, normalise, in this order.
 
     Every step but the resize is left out where its probability is 0, the default of most. Lengths are in
-    pixels of the view, angles in degrees, and colours in [0, 1]. The steps are those of torchvision's
-    transforms of the same names.
+    pixels of the view, angles in degrees, and colours in [0, 1]. All steps but the affine map, whose shifts
+    are not rounded to pixels, are those of torchvision's transforms.
 
     Attributes:
         size: height and width of the view, or the side of a square; None: that of the call.
@@ -42,7 +42,8 @@ class ViewSpec:
         blur_kernel: its width, odd; the view is reflected at its edges.
         blur_sigma: least and greatest standard deviation, uniform.
         solarize_prob: of inverting all values of at least solarize_threshold.
-        mean, std: of each channel: views are (value - mean) / std. None: 0 and 1.
+        mean, std: of each channel: views are (value - mean) / std. At most 1e6, std at least 1e-6. None: 0
+            and 1.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or value; the message names it.
@@ -84,7 +85,7 @@ class ViewSpec:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
         check_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if self.crop_scale is not None:
-            low, high = _range("crop_scale", self.crop_scale)
+            low, high = _numbers("crop_scale", self.crop_scale, 2)
             if not 0 < low <= high <= 1:
                 raise ValueError(
                     f"crop_scale: expected a lowest and a highest share in (0, 1], got {self.crop_scale}"
@@ -113,12 +114,13 @@ class ViewSpec:
         number("solarize_threshold", self.solarize_threshold)
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
-                _numbers(name, getattr(self, name), self.channels)
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std: expected positive numbers, got {self.std}")
+                if max(map(abs, _numbers(name, getattr(self, name), self.channels))) > 1e6:
+                    raise ValueError(f"{name}: expected numbers of at most 1e6, got {getattr(self, name)}")
+        if self.std is not None and min(self.std) < 1e-6:
+            raise ValueError(f"std: expected numbers of at least 1e-6, got {self.std}")
 
     def _check_positive(self, name: str, least: float, most: float) -> None:
-        low, high = _range(name, getattr(self, name))
+        low, high = _numbers(name, getattr(self, name), 2)
         if not least <= low <= high <= most:
             raise ValueError(
                 f"{name}: expected a lowest and a highest number in [{least:g}, {most:g}], "
@@ -132,10 +134,6 @@ def _numbers(name: str, given: Sequence[float], count: int) -> tuple[float, ...]
     if len(given) != count:
         raise ValueError(f"{name}: expected {count} numbers, got {len(given)}")
     return tuple(float(number(name, x)) for x in given)
-
-
-def _range(name: str, given: Sequence[float]) -> tuple[float, ...]:
-    return _numbers(name, given, 2)
 
 
 def pair_of_sizes(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -205,7 +203,7 @@ def view_specs(
         mae: one view, cropped and flipped alone
         mnist: two views [B, 1, h, w], half of them the digit as it is, half a small affine map of it
 
-    All but simclr's and mnist's are normalised by ImageNet's mean and standard deviation. Small images, up to
+    All but simclr's and mnist's are normalised by ImageNet's mean and standard deviation. Small views, up to
     32 pixels (CIFAR), are not blurred, and SimCLR's colours are then half as strong, as published.
 
     Args:
@@ -225,21 +223,25 @@ def view_specs(
     check_integer("local_crops", local_crops, 0)
     if local_size is not None:
         pair_of_sizes("local_size", local_size)
+        if not isinstance(local_size, int):
+            raise TypeError(f"local_size: expected the side of a square, got {local_size!r}")
     if not 0.05 <= number("crop_area", crop_area) <= 1:
         raise ValueError(f"crop_area: expected a number in [0.05, 1], got {crop_area}")
     if preset == "dino":  # Caron et al. 2021
         views = _asymmetric((crop_area, 1.0), "bicubic")
         local = replace(views[0], crop_scale=(0.05, crop_area), blur_prob=0.5)
         side = max(1, round(size * 3 / 7)) if local_size is None else local_size
-        views = (*(replace(view, size=size) for view in views), *(replace(local, size=side),) * local_crops)
-    else:
-        views = tuple(replace(view, size=size) for view in _PRESETS[preset])
+        return [_of_side(view, size) for view in views] + [_of_side(local, side)] * local_crops
+    views = tuple(_of_side(view, size) for view in _PRESETS[preset])
     if preset == "simclr":
         views = tuple(replace(view, blur_kernel=2 * (size // 20) + 1) for view in views)
-    if size <= 32:
-        weaker = {"jitter": (0.4, 0.4, 0.4, 0.1)} if preset == "simclr" else {}
-        views = tuple(replace(view, blur_prob=0.0, **weaker) for view in views)  # type: ignore[arg-type]
+        if size <= 32:
+            views = tuple(replace(view, jitter=(0.4, 0.4, 0.4, 0.1)) for view in views)
     return list(views)
+
+
+def _of_side(view: ViewSpec, side: int) -> ViewSpec:
+    return replace(view, size=side, blur_prob=0.0 if side <= 32 else view.blur_prob)
 
 
 def checked(specs: str | Sequence[ViewSpec], size: int | tuple[int, int]) -> tuple[ViewSpec, ...]:

@@ -69,12 +69,12 @@ def multi_crop(preset: str, image_size: int, channels: int, crops: int, crop_siz
     if not 0.1 <= area <= 1:
         raise ValueError(f"crop_area: expected a number in [0.1, 1], got {area}")
     whole = _specs(preset, image_size, channels)
-    local = replace(whole[0], size=crop_size)
+    local = replace(_specs(preset, crop_size, channels)[0], jitter=whole[0].jitter)
     if preset == "mnist":
         local = replace(local, crop_scale=(area / 2, area))
     else:
         whole = tuple(replace(spec, crop_scale=(area, 1.0)) for spec in whole)
-        blur = 0.5 if local.blur_prob and crop_size > 32 else 0.0
+        blur = 0.5 if local.blur_prob else 0.0
         local = replace(local, crop_scale=(0.05, area), blur_prob=blur, solarize_prob=0.0)
     return Views((*whole, *(local,) * crops))
 
