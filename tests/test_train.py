@@ -133,7 +133,9 @@ def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, cap
     }  # fmt: skip
     rows = list(csv.DictReader((cfg.out / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["loss"]) > 0 for row in rows)
-    assert 0 <= float(rows[0]["data_wait"]) <= 1 and float(rows[0]["effective_rank"]) > 1
+    shares = [float(value) for name, value in rows[0].items() if name.startswith("time_")]
+    assert len(shares) == 8 and min(shares) >= 0 and sum(shares) == pytest.approx(1, abs=1e-4)
+    assert float(rows[0]["effective_rank"]) > 1
     assert rows[0]["knn"] == "" and 0.5 < float(rows[1]["knn"]) <= 1
     for name in ("loss.png", "neighbours.png"):
         with Image.open(cfg.out / name) as picture:

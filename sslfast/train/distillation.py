@@ -17,6 +17,7 @@ from sslfast import (
     update_center_,
 )
 from sslfast.distributed import world
+from sslfast.train.budget import phase
 from sslfast.train.heads import Network
 from sslfast.train.vit import ViT
 
@@ -116,7 +117,8 @@ class Distillation(nn.Module):
             others, other_patches = teacher(views[:2])
             target = teacher.head(others.flatten(0, 1)).unflatten(0, (2, batch))
         prototypes = student.head.weight(), teacher.head.weight()
-        loss, metrics = self.images(embedded, prototypes[0], target, prototypes[1], teacher_temp)
+        with phase("loss"):
+            loss, metrics = self.images(embedded, prototypes[0], target, prototypes[1], teacher_temp)
         metrics |= {"embeddings": embedded[0], "targets": target[1]}
         if masked is not None:
             assert student.patch_head is not None and teacher.patch_head is not None
@@ -125,13 +127,15 @@ class Distillation(nn.Module):
                 hidden = teacher.patch_head(other_patches[places])
             seen = student.patch_head(patches[places])
             prototypes = student.patch_head.weight(), teacher.patch_head.weight()
-            metrics["ibot_loss"], _ = self.patches(
-                seen, prototypes[0], hidden, prototypes[1], teacher_temp, weights, 2 * batch
-            )
+            with phase("loss"):
+                metrics["ibot_loss"], _ = self.patches(
+                    seen, prototypes[0], hidden, prototypes[1], teacher_temp, weights, 2 * batch
+                )
             loss = loss + self.ibot_weight * metrics["ibot_loss"]
         if self.koleo_weight:
-            first, second = (koleo_loss(x, group=world()) for x in features[:2])
-            metrics["koleo_loss"] = first + second
+            with phase("loss"):
+                first, second = (koleo_loss(x, group=world()) for x in features[:2])
+                metrics["koleo_loss"] = first + second
             loss = loss + self.koleo_weight * metrics["koleo_loss"]
         return loss, {name: x.detach() for name, x in metrics.items()}
 

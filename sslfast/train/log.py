@@ -3,20 +3,19 @@
 import csv
 import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from sslfast.train.budget import PHASES, Budget
 from sslfast.train.checkpoint import write_text
 from sslfast.train.processes import everywhere, processes, rank, summed
 
-T = TypeVar("T")
 LIVE = 0.5
 """Seconds between two readings of the loss, each of which waits for the device."""
 
@@ -25,11 +24,12 @@ class Log:
     """One row of metrics per epoch, and a bar in a terminal, otherwise a line per epoch.
 
     Rows are kept, and metrics.csv is written anew and atomically, so that a resumed run's file has no row
-    twice. Several processes have one each, of which the first tells what all of them measure.
+    twice. Several processes have one each, of which the first tells what all of them measure, and how long
+    its own phases took.
     """
 
-    def __init__(self, out: Path, console: Console, total: int) -> None:
-        self.out, self.console = out, console
+    def __init__(self, out: Path, console: Console, total: int, budget: Budget) -> None:
+        self.out, self.console, self.budget = out, console, budget
         self.rows: list[dict[str, float]] = []
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -62,20 +62,9 @@ class Log:
     def begin_epoch(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._images, self._waited, self._elapsed = 0, 0.0, 0.0
+        self._images, self._elapsed = 0, 0.0
         self._began = self._shown = time.perf_counter()
-
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; the time they take to come counts as waiting for data."""
-        iterator = iter(batches)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - began
-            yield batch
+        self.budget.reset()
 
     def add(self, metrics: dict[str, Tensor], images: int = 0) -> None:
         """Values to average over the epoch, and how many images they came from."""
@@ -117,7 +106,8 @@ class Log:
         if now - self._shown >= LIVE and self.console.is_terminal:
             self._shown = now
             means = self.means() if processes() == 1 else self._averages(self._sums)  # waits for no other
-            text = self._text({**means, "learning_rate": rate, **self._speed()})
+            row = {**means, "learning_rate": rate, **self._speed()}
+            text = f"{self._text(row)}\n{self._budget(row)}"
             self._bar.update(self._task, completed=step, epoch=len(self.rows) + 1, text=text)
 
     def end_epoch(self, rate: float, measured: dict[str, float], warning: str | None = None) -> None:
@@ -141,7 +131,7 @@ class Log:
                     self._board.add_scalar(name, value, row["epoch"])
                 self._board.flush()
         if not self.console.is_terminal:
-            print(f"epoch {row['epoch']}: {self._text(row)}", flush=True)
+            print(f"epoch {row['epoch']}: {self._text(row)}  {self._budget(row)}", flush=True)
         if warning and not self._warned:
             self.console.print(f"[bold red]warning:[/] {warning}", highlight=False)
         self._warned = bool(warning)
@@ -163,8 +153,8 @@ class Log:
         seconds = self._elapsed + time.perf_counter() - self._began
         return {
             "images_per_second": self._images / seconds,
-            "data_wait": self._waited / seconds,
             "seconds": seconds,
+            **{f"time_{name}": share for name, share in self.budget.shares().items()},
         }
 
     @staticmethod
@@ -172,7 +162,15 @@ class Log:
         knn = f"kNN {row['knn']:.3f}  " if "knn" in row else ""
         return (
             f"loss {row['loss']:.3f}  {knn}lr {row['learning_rate']:.2g}  "
-            f"{row['images_per_second']:.0f} images/s  waiting for data {row['data_wait']:.0%}"
+            f"{row['images_per_second']:.0f} images/s"
+        )
+
+    @staticmethod
+    def _budget(row: dict[str, float]) -> str:
+        """Of the time, phases of a hundredth or more."""
+        shares = {name: f"{row[f'time_{name}']:.0%}" for name in PHASES}
+        return ", ".join(
+            f"{name} {share}" for name, share in shares.items() if share != "0%" or name == "data"
         )
 
     def state_dict(self) -> dict:
@@ -182,13 +180,14 @@ class Log:
             "sums": self._of_all(),
             "counts": self._counts,
             "images": self._images,
-            "waited": self._waited,
+            "phases": self.budget.state_dict(),
             "elapsed": self._elapsed + time.perf_counter() - self._began,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
-        self._images, self._waited, self._elapsed = state["images"], state["waited"], state["elapsed"]
+        self._images, self._elapsed = state["images"], state["elapsed"]
+        self.budget.load_state_dict(state["phases"])
 
 
 def write_csv(rows: list[dict[str, float]], path: Path) -> None:

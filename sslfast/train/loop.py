@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sslfast.train import augment, batchnorm, checkpoint, evaluate, methods, optim, processes, report, sources
+from sslfast.train.budget import Budget, phase, running
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import in_one_copy
 from sslfast.train.log import Log
@@ -63,7 +64,8 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
         checkpoint.reseed(cfg.seed, rank, 0)  # the first goes on as if it were alone
     own = slice(batch_size // parts * rank, batch_size // parts * (rank + 1))  # of each batch
     total, peak = cfg.epochs * steps, cfg.resolve_learning_rate(batch_size * cfg.accumulate)
-    update, monitor, log = Update(model, cfg, device), CollapseMonitor(), Log(cfg.out, console, total)
+    update, monitor, budget = Update(model, cfg, device), CollapseMonitor(), Budget(device)
+    log = Log(cfg.out, console, total, budget)
     kept = {"model": model, "update": update, "monitor": monitor, "log": log}
     run = Run(method, cfg, fingerprint, device, kept, console)
     done = run.start()
@@ -74,20 +76,25 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
         + (f", {parts} processes" if parts > 1 else "")
     )
     began, images = time.perf_counter(), dataset.train.to(device)
-    with log, Interruption(command) as interruption:
+    with log, running(budget), Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
             whole = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
             rows = [part[own] for part in whole[(done - epoch * steps) * cfg.accumulate :]]
             ids, seed = iter(in_one_copy(rows, device)), augment.epoch_seed(cfg.seed, epoch)
-            batches = log.waiting(images.batches(rows, device, cfg.workers))
+            batches = images.batches(rows, device, cfg.workers)
             for step in range(done, (epoch + 1) * steps):
                 rate = peak * optim.rate_at(cfg.schedule, step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
                 model.schedule(Now(step, total, steps), update.optimizer.param_groups)
-                model.before_step()
+                with phase("ema"):
+                    model.before_step()
                 for _ in range(cfg.accumulate):
-                    loss, metrics = update.backward(views(next(batches), next(ids), seed))
+                    with phase("data"):
+                        batch = next(batches)
+                    with phase("augment"):
+                        seen = views(batch, next(ids), seed)
+                    loss, metrics = update.backward(seen)
                     monitor.update(metrics.pop("embeddings"), metrics.pop("targets", None))
                     log.add({"loss": loss, **metrics}, batch_size)
                 log.add(update.step())
@@ -156,21 +163,24 @@ class Update:
         self.batches += 1
         last = self.batches == self.accumulate
         with self.parallel.averaging(last) if self.parallel else nullcontext(self.training_step) as step:
-            with self.autocast():
+            with self.autocast(), phase("forward"):
                 loss, metrics = step(views)
-            self.scaler.scale(loss / self.accumulate).backward()
+            with phase("backward"):
+                self.scaler.scale(loss / self.accumulate).backward()
         return loss.detach(), metrics
 
     def step(self) -> dict[str, Tensor]:
         """Clips if asked to, updates, and returns metrics."""
         metrics, self.batches = {}, 0
-        if self.clip_norm:
-            self.scaler.unscale_(self.optimizer)
-            metrics["grad_norm"] = self.model.clip(self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.after_step()
+        with phase("optimizer"):
+            if self.clip_norm:
+                self.scaler.unscale_(self.optimizer)
+                metrics["grad_norm"] = self.model.clip(self.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        with phase("ema"):
+            self.model.after_step()
         return metrics
 
     def state_dict(self) -> dict:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sslfast import EMATeacher, byol_loss, cosine_momentum
 from sslfast.train import models, optim
+from sslfast.train.budget import phase
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, Now
 
@@ -80,7 +81,8 @@ class BYOL(Method):
         """Two views of a batch, each through the networks alone, so that BatchNorm sees one at a time."""
         predictions = [self.predictor(self.projector(self.encoder(view))) for view in views]
         targets = [self.target(view) for view in views]
-        loss = byol_loss(predictions[0], targets[1]) + byol_loss(predictions[1], targets[0])
+        with phase("loss"):
+            loss = byol_loss(predictions[0], targets[1]) + byol_loss(predictions[1], targets[0])
         return loss, {"embeddings": predictions[0].detach(), "targets": targets[1]}
 
     def after_step(self) -> None:

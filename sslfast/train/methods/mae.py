@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslfast import mae_loss, random_patch_mask
 from sslfast.train import augment, models, optim, reconstruction
+from sslfast.train.budget import phase
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import ImageSet
 from sslfast.train.methods import Method
@@ -102,7 +103,8 @@ class MAE(Method):
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = views
         pred, mask, tokens = self.reconstruct(images)
-        loss = mae_loss(pred, images, mask, self.encoder.patch_size, self.norm_pix)
+        with phase("loss"):
+            loss = mae_loss(pred, images, mask, self.encoder.patch_size, self.norm_pix)
         return loss, {"embeddings": tokens.mean(1).detach()}
 
     def show(self, images: ImageSet, out: Path, device: torch.device) -> dict[str, dict[str, list[float]]]:

@@ -10,6 +10,7 @@ from sslfast import EMATeacher, KeyQueue, moco_loss
 from sslfast.distributed import world
 from sslfast.train import models, optim
 from sslfast.train.batchnorm import shuffled, split_batchnorm
+from sslfast.train.budget import phase
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, unit_rows
 from sslfast.train.processes import processes
@@ -80,6 +81,7 @@ class MoCo(Method):
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         query = unit_rows(self.projector(self.encoder(views[0])))
         key = unit_rows(shuffled(self.keys, views[1]))
-        loss = moco_loss(query, key, self.queue.keys, self.temperature, normalize=False, group=world())
-        self.queue.enqueue(key, group=world())
+        with phase("loss"):
+            loss = moco_loss(query, key, self.queue.keys, self.temperature, normalize=False, group=world())
+            self.queue.enqueue(key, group=world())
         return loss, {"embeddings": query.detach(), "targets": key}

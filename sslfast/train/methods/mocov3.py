@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sslfast import EMATeacher, cosine_momentum, info_nce_loss
 from sslfast.distributed import world
 from sslfast.train import models, optim
+from sslfast.train.budget import phase
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method, Now, unit_rows
 from sslfast.train.vit import ViT
@@ -107,9 +108,10 @@ class MoCoV3(Method):
         """Two views of a batch, each through the networks alone, so that BatchNorm sees one at a time."""
         queries = [unit_rows(self.predictor(self.projector(self.encoder(view)))) for view in views]
         keys = [unit_rows(self.keys(view)) for view in views]
-        losses = [
-            info_nce_loss(query, key, temperature=self.temperature, normalize=False, group=world())
-            for query, key in zip(queries, reversed(keys), strict=True)
-        ]
+        with phase("loss"):
+            losses = [
+                info_nce_loss(query, key, temperature=self.temperature, normalize=False, group=world())
+                for query, key in zip(queries, reversed(keys), strict=True)
+            ]
         loss = 2 * self.temperature * (losses[0] + losses[1])
         return loss, {"embeddings": queries[0].detach(), "targets": keys[1]}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sslfast.distributed import world
 from sslfast.losses import NTXentLoss
 from sslfast.train import models
+from sslfast.train.budget import phase
 from sslfast.train.config import TrainConfig
 from sslfast.train.methods import Method
 
@@ -56,4 +57,5 @@ class SimCLR(Method):
     def training_step(self, views: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Two views of a batch; BatchNorm sees both at once."""
         z1, z2 = self.projector(self.encoder(torch.cat(tuple(views)))).chunk(2)
-        return self.loss(z1, z2), {"embeddings": z1.detach()}
+        with phase("loss"):
+            return self.loss(z1, z2), {"embeddings": z1.detach()}
