@@ -104,6 +104,7 @@ def _parse_and_run(argv: list[str]) -> None:
     commands: dict[str, Callable] = {
         "train": _list_methods,
         "eval": _evaluator(),
+        "report": _reporter(),
         "tune": _tune(),
         "doctor": doctor,
     }
@@ -184,6 +185,25 @@ def _evaluator() -> Callable:
         evaluation.run(method, cfg, sources.load(cfg.data, cfg.image_size), Console(), finetune)
 
     return evaluate
+
+
+def _reporter() -> Callable:
+    import tyro
+
+    def report(runs: tyro.conf.Positional[tuple[Path, ...]], /, out: Path | None = None) -> None:
+        """Show a run, or several side by side, as one HTML page, with its plots as PNGs beside it.
+
+        Args:
+            runs: their folders; unfinished ones too.
+            out: the page; by default report.html, in the folder of a single run, otherwise here.
+        """
+        from sslfast.train import page
+
+        if not runs:
+            raise ValueError("runs: expected the folders of one run or more")
+        print(f"wrote {page.report(runs, out)}")
+
+    return report
 
 
 if __name__ == "__main__":

@@ -281,8 +281,8 @@ def test_a_run_changes_its_number_of_processes(torchrun, tmp_path, monkeypatch, 
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", *map(str, range(1, 13))]
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert kept == {"config.json", "metrics.csv", "loss.png", "neighbours.png", "tensorboard",
-                    "checkpoint.safetensors", "weights.safetensors"}  # fmt: skip
+    assert kept == {"config.json", "metrics.csv", "loss.png", "neighbours.png", "tensorboard", "views.png",
+                    "checkpoint.safetensors", "weights.safetensors", "features.safetensors"}  # fmt: skip
 
     process = torchrun.new("run", 12)
     said, errors = process.communicate(timeout=60)

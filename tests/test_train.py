@@ -129,7 +129,7 @@ def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, cap
     names = {p.name for p in cfg.out.iterdir()}
     assert names == {
         "config.json", "metrics.csv", "checkpoint.safetensors", "weights.safetensors", "evaluation.json",
-        "loss.png", "neighbours.png", "tensorboard",
+        "loss.png", "neighbours.png", "tensorboard", "views.png", "features.safetensors",
     }  # fmt: skip
     rows = list(csv.DictReader((cfg.out / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(float(row["loss"]) > 0 for row in rows)
@@ -137,7 +137,7 @@ def test_a_run_leaves_everything_and_eval_repeats_it(class_folder, tmp_path, cap
     assert len(shares) == 8 and min(shares) >= 0 and sum(shares) == pytest.approx(1, abs=1e-4)
     assert float(rows[0]["effective_rank"]) > 1
     assert rows[0]["knn"] == "" and 0.5 < float(rows[1]["knn"]) <= 1
-    for name in ("loss.png", "neighbours.png"):
+    for name in ("loss.png", "neighbours.png", "views.png"):
         with Image.open(cfg.out / name) as picture:
             assert min(picture.size) > 100
     starts = [line.split(":")[0] for line in lines]

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from sslfast.train import checkpoint, finetuning, loop, processes, report
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import Dataset, ImageSet
-from sslfast.train.run import CHECKPOINT, WEIGHTS
+from sslfast.train.run import CHECKPOINT, FEATURES, NEIGHBOURS, WEIGHTS
 
 K, TEMPERATURE = 20, 0.07  # DINO's kNN
 LABELS, DRAWS = 10, 5
+KEPT = 1000, 50  # images of a map of the features, and how many of their principal components
 SOURCES = ("trained encoder", "raw pixels", "untrained encoder")
 
 Features = tuple[Tensor, Tensor]  # of the training images [N, D] and of the test images [M, D]
@@ -49,7 +50,8 @@ def run(
     trained = features(model.encoder, sets, device, cfg.workers)
     pixels = features(Pixels(), sets, device, cfg.workers)
     if len(dataset.test):
-        report.neighbours(dataset, trained, cfg.out / "neighbours.png")
+        report.neighbours(dataset, trained, cfg.out / NEIGHBOURS)
+    keep_features(dataset, trained, cfg.out / FEATURES)
     others = model.show(dataset.test if len(dataset.test) else dataset.train, cfg.out, device)
     for name, of in others.items():
         print(f"{name}: " + ", ".join(f"{what} {values[0]:.4g}" for what, values in of.items()))
@@ -75,6 +77,20 @@ def run(
     if results:
         (cfg.out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def keep_features(dataset: Dataset, features: Features, path: Path) -> None:
+    """What a report draws a map of: features of some test images, or of training images where there are
+    none, and their labels."""
+    images, x = (dataset.test, features[1]) if len(dataset.test) else (dataset.train, features[0])
+    rows = torch.linspace(0, len(x) - 1, min(KEPT[0], len(x))).long()
+    x = F.normalize(x[rows], dim=1).double()
+    x = x - x.mean(0)
+    directions = torch.linalg.svd(x, full_matrices=False)[2][: KEPT[1]]
+    kept = {"features": (x @ directions.T).float()}
+    if images.labels is not None:
+        kept["labels"] = images.labels[rows]
+    checkpoint.write(path, kept, {"classes": json.dumps(dataset.classes)})
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from sslfast.train import report
 from sslfast.train.budget import PHASES, Budget
 from sslfast.train.checkpoint import write_text
 from sslfast.train.processes import everywhere, processes, rank, summed
 
+SHOWN = 8
+"""Images of which views are drawn."""
 LIVE = 0.5
 """Seconds between two readings of the loss, each of which waits for the device."""
 
@@ -148,6 +151,14 @@ class Log:
             yield
         except OSError as error:
             self.console.print(f"[bold red]warning:[/] could not write {what}: {error}", highlight=False)
+
+    def show(self, images: Tensor, views: Sequence[Tensor], name: str) -> None:
+        """Draws some images of a batch, uint8 [B, C, H, W], and the views that are made of each."""
+        rows = slice(SHOWN)
+        titles = ["image", *(f"view {i + 1}" for i in range(len(views)))]
+        columns = [images[rows] / 255, *(view[rows] for view in views)]
+        with self._disk_may_be_full(name):
+            report.pictures(titles, [x.float().cpu() for x in columns], self.out / name)
 
     def _speed(self) -> dict[str, float]:
         seconds = self._elapsed + time.perf_counter() - self._began

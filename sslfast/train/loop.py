@@ -20,7 +20,7 @@ from sslfast.train.log import Log
 from sslfast.train.methods import Method, Now
 from sslfast.train.monitor import CollapseMonitor
 from sslfast.train.parallel import Parallel
-from sslfast.train.run import WEIGHTS, Interruption, Run
+from sslfast.train.run import VIEWS, WEIGHTS, Interruption, Run
 
 
 def train(method: str, cfg: TrainConfig) -> Path:
@@ -94,6 +94,8 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
                         batch = next(batches)
                     with phase("augment"):
                         seen = views(batch, next(ids), seed)
+                    if not (done or update.batches or rank):
+                        log.show(batch, seen, VIEWS)
                     loss, metrics = update.backward(seen)
                     monitor.update(metrics.pop("embeddings"), metrics.pop("targets", None))
                     log.add({"loss": loss, **metrics}, batch_size)

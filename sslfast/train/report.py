@@ -66,15 +66,15 @@ def neighbours(
 
 
 def pictures(titles: Sequence[str], columns: Sequence[Tensor], path: Path) -> None:
-    """Columns of float images [N, C, H, W] in [0, 1] beside each other, an image in each row."""
+    """Columns of float images [N, C, h, w] in [0, 1] beside each other, an image in each row."""
     from matplotlib.figure import Figure
 
-    height, width = columns[0].shape[-2:]
+    height, width = (max(x.shape[i] for x in columns) for i in (2, 3))
     gap = 1 + width // 16
     framed = [
         F.pad(
             x.clamp(0, 1).expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3].clamp(0, 1),
-            (0, gap, 0, gap),
+            (0, width + gap - x.shape[3], 0, height + gap - x.shape[2]),
             value=1,
         )
         for x in columns

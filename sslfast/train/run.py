@@ -14,10 +14,12 @@ from sslfast.train.config import TrainConfig
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "weights.safetensors"
 RECONSTRUCTION = "reconstruction.png"
 ATTENTION, COMPONENTS = "attention.png", "components.png"
+VIEWS, NEIGHBOURS, FEATURES, REPORT = "views.png", "neighbours.png", "features.safetensors", "report.html"
 FILES = (
-    *(CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json"),
-    *("loss.png", "neighbours.png", RECONSTRUCTION, ATTENTION, COMPONENTS, "config.json"),
+    *(CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json", FEATURES, REPORT, "loss.png", VIEWS, NEIGHBOURS),
+    *(RECONSTRUCTION, ATTENTION, COMPONENTS, "config.json"),
 )
+FOLDERS = ("tensorboard", "report")
 REMAINS = tuple(f"{name}.tmp" for name in FILES)  # of a process that was killed while it wrote
 
 
@@ -89,7 +91,8 @@ class Run:
         """Removes the files of an earlier run and nothing else; the config, which shows what it was, last."""
         out = self.cfg.out
         config.load(out)  # raises for another program's config.json
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        for name in FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
         for name in (*REMAINS, *FILES):
             (out / name).unlink(missing_ok=True)
 
