@@ -1,8 +1,11 @@
 """Data sets: what each name gives, what is refused, and images that cannot be read."""
 
+import os
 import struct
 import sys
 import types
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,12 +113,13 @@ def test_folder_turns_photographs_upright(tmp_path):
 # Images that cannot be read, of a data set in memory and of one that is decoded in every epoch.
 
 
-BROKEN = ("04.png", "05.jpg", "06.png", "07.png")  # cut off, text, empty, a link to nowhere
+BROKEN = ("04.png", "05.jpg", "06.png", "07.png", "08.png", "09.png", "10.png")
 
 
 @pytest.fixture
 def partly_broken(tmp_path):
-    for i in range(12):
+    """Cut off, text, empty, a link to nowhere, a pipe, one pixel, and 400 million of them."""
+    for i in range(15):
         write_image(tmp_path / f"{i:02}.png", i)
     whole = (tmp_path / "00.png").read_bytes()
     (tmp_path / "04.png").write_bytes(whole[: len(whole) // 2])
@@ -123,6 +127,12 @@ def partly_broken(tmp_path):
     (tmp_path / "06.png").write_bytes(b"")
     (tmp_path / "07.png").unlink()
     (tmp_path / "07.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "08.png").unlink()
+    os.mkfifo(tmp_path / "08.png")
+    write_image(tmp_path / "09.png", 9, (1, 1))
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "10.png").write_bytes(whole[:8] + chunk + whole[33:])
     return tmp_path
 
 
@@ -130,8 +140,10 @@ def test_broken_images_are_named_once_and_skipped(partly_broken, capsys):
     dataset = sources.load(f"folder:{partly_broken}", 8)
     assert len(dataset.train) + len(dataset.test) == 9
     printed = capsys.readouterr().out
-    assert printed.count("skipped") == 4
+    assert printed.count("skipped") == 7 and "5 of 13 images could not be read\n" in printed
     assert all(printed.count(f"{name}: ") == 1 for name in BROKEN)
+    for why in ("it is not a file", "expected at least 8 x 8 pixels, got (1, 1)", "decompression bomb"):
+        assert why in printed
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -139,12 +151,13 @@ def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, c
     monkeypatch.setattr(data, "MEMORY", 0)
     dataset = sources.load(f"folder:{partly_broken}", 8)
     assert isinstance(dataset.train.images, data.Decoded)
-    names = [path.name for path in dataset.train.images.pictures.paths]
+    pictures = dataset.train.images.pictures
+    names = [Path(pictures.name(i)).name for i in range(len(pictures))]
     count, bad = len(names), [i for i, name in enumerate(names) if name in BROKEN]
     assert len(bad) >= 2
     for _ in range(2):
         batches = list(dataset.train.batches(torch.arange(count).split(4), CPU, workers))
-        assert [len(batch) for batch in batches] == [4, 4, count - 8]
+        assert [len(batch) for batch in batches] == [4, 4, 4, count - 12]
         for i, image in enumerate(torch.cat(batches)):
             source = next(j for j in (*range(i, count), *range(i)) if j not in bad)
             assert torch.equal(image, dataset.train.images.decode(source))

@@ -18,6 +18,8 @@ from sslfast.train.processes import rank
 MEMORY = 4 << 30
 """Bytes of decoded images up to which a data set is kept in memory; a larger one is decoded every epoch."""
 TEST_EVERY = 5
+LEAST = 8
+"""Pixels of a side: anything smaller is a spacer, or broken."""
 
 
 class Pictures(Protocol):
@@ -54,7 +56,8 @@ class Decoded:
         """Picture `index` itself.
 
         Raises:
-            Unreadable: it is broken, too large to be meant, or has more than 16 bits per channel.
+            Unreadable: it is broken, too large or too small to be meant, or has more than 16 bits per
+                channel.
         """
         import numpy as np
         from PIL import Image, ImageOps
@@ -62,6 +65,8 @@ class Decoded:
         try:
             with self.pictures.open(index) as opened:
                 opened.draft("RGB", (self.size, self.size))  # JPEG: a fraction of the size where that will do
+                if min(opened.size) < LEAST:
+                    raise Unreadable(f"expected at least {LEAST} x {LEAST} pixels, got {opened.size}")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16"):  # convert would clip 16 bits at 255
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -87,12 +92,17 @@ class Decoded:
         )
 
     def report(self, broken: Sequence[tuple[int, str]]) -> None:
-        """By the first process alone, which sees them all in the end: the evaluation takes every image."""
-        for index, problem in broken if rank() == 0 else ():
+        """Each once."""
+        for index, problem in broken:
             if index not in self.reported:
                 self.reported.add(index)
-                line = f"skipped {self.pictures.name(index)}: {problem}"
-                print(line.encode("utf-8", "backslashreplace").decode(), flush=True)  # names are any bytes
+                tell(f"skipped {self.pictures.name(index)}: {problem}")
+
+
+def tell(line: str) -> None:
+    """By the first process alone, which sees all images in the end: the evaluation takes every one."""
+    if rank() == 0:
+        print(line.encode("utf-8", "backslashreplace").decode(), flush=True)  # names of files are any bytes
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,8 @@ def image_set(pictures: Pictures, labels: Tensor | None, size: int) -> ImageSet:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes and resizes without the GIL
         results = list(pool.map(partial(_attempt, decoded), range(len(pictures))))
     decoded.report([(i, result) for i, result in enumerate(results) if isinstance(result, str)])
+    if decoded.reported:
+        tell(f"{len(decoded.reported)} of {len(pictures)} images could not be read")
     kept = {i: result for i, result in enumerate(results) if isinstance(result, Tensor)}
     images = torch.stack(list(kept.values())) if kept else torch.empty(0, 3, size, size).byte()
     return ImageSet(images, None if labels is None else labels[list(kept)])

@@ -1,6 +1,7 @@
 """The data sets that `--data` names."""
 
 import importlib
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,14 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
-from sslfast.train.data import Dataset, ImageSet, Pictures, hold_out, image_set
+from sslfast.train import shards
+from sslfast.train.data import Dataset, ImageSet, Pictures, Unreadable, hold_out, image_set
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-SPECS = "mnist5k, photos, folder:PATH, npz:PATH, torchvision:NAME or huggingface:NAME"
+SPECS = "mnist5k, photos, folder:PATH, webdataset:PATH, npz:PATH, torchvision:NAME or huggingface:NAME"
 PHOTOS = (
     "astronaut", "brick", "camera", "cell", "chelsea", "clock", "coffee", "coins", "grass", "gravel",
     "hubble_deep_field", "immunohistochemistry", "moon", "motorcycle", "retina", "rocket",
@@ -112,21 +114,24 @@ def _random_crops(region: Tensor, count: int, size: int, generator: torch.Genera
 
 
 class Files:
-    """Image files."""
+    """Image files. Their names are in an array, not a list: workers share its memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return os.fsdecode(bytes(self.paths[index]))
 
     def open(self, index: int) -> Any:
         from PIL import Image
 
-        return Image.open(self.paths[index])
+        path = os.fsdecode(bytes(self.paths[index]))
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise Unreadable("it is not a file")
+        return Image.open(path)
 
 
 def folder(name: str, image_size: int) -> Dataset:
@@ -164,6 +169,20 @@ def _files(root: Path) -> list[tuple[Path, str | None]]:
     return [(p, names[0] if len(names) > 1 else None) for p, names in parts]
 
 
+def webdataset(name: str, image_size: int) -> Dataset:
+    """Tar shards as WebDataset writes them: `name` as `shards.expand` takes it.
+
+    Of a folder with shards train*.tar and test*.tar or val*.tar the split is theirs; otherwise every fifth
+    image of a class, in the order of the shards, is for testing.
+    """
+    paths = shards.expand(name)
+    test = [path for path in paths if path.name.startswith(("test", "val"))]
+    train = [path for path in paths if path.name.startswith("train")]
+    parts = [train, test] if train and test else [paths]
+    indexed = [shards.index(part, IMAGE_SUFFIXES) for part in parts]
+    return _split([part for part, _ in indexed], [labels for _, labels in indexed], None, image_size)
+
+
 def npz(name: str, image_size: int) -> Dataset:
     """Arrays of a NumPy archive: `images` and perhaps `labels`, or both twice, prefixed train_ and test_.
 
@@ -171,8 +190,6 @@ def npz(name: str, image_size: int) -> Dataset:
     [N] or [N, 1]. Also understood: x_train, y_train, x_test, y_test (Keras). Without a test part every fifth
     image of a class is for testing.
     """
-    import numpy as np
-
     path = Path(name).expanduser()
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -293,7 +310,7 @@ def torchvision(name: str, image_size: int) -> Dataset:
         raise ValueError(f"data: torchvision could not load {name}: {error}") from error
     labels = [_labels(getattr(part, "targets", getattr(part, "_labels", None)), len(part)) for part in parts]
     classes = getattr(parts[0], "classes", None)
-    return _split(parts, labels, classes, name, _first, image_size)
+    return _split([Items(part, name, _first) for part in parts], labels, classes, image_size)
 
 
 @contextmanager
@@ -325,7 +342,8 @@ def huggingface(name: str, image_size: int) -> Dataset:
         raise ValueError(f"data: expected a column of images in {name}, got {sorted(features)}")
     labels = [_labels(part[classes[0]] if classes else None, len(part)) for part in parts]
     names = features[classes[0]].names if classes else None
-    return _split(parts, labels, names, name, partial(_column, images[0]), image_size)
+    pick = partial(_column, images[0])
+    return _split([Items(part, name, pick) for part in parts], labels, names, image_size)
 
 
 def _import(module: str, spec: str, package: str) -> Any:
@@ -342,17 +360,33 @@ def _labels(values: Any, count: int) -> Tensor | None:
     return labels.long() if labels.ndim == 1 and not labels.is_floating_point() else None
 
 
-def _split(
-    parts: list[Any], labels: list[Tensor | None], names: Any, called: str, pick: Any, image_size: int
-) -> Dataset:
+class Some:
+    """Pictures of these indices."""
+
+    def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
+        self.pictures, self.rows = pictures, np.array(rows, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.pictures.name(int(self.rows[index]))
+
+    def open(self, index: int) -> Any:
+        return self.pictures.open(int(self.rows[index]))
+
+
+def _split(parts: Sequence[Pictures], labels: list[Tensor | None], names: Any, image_size: int) -> Dataset:
     if len(parts) == 1:
         whole = labels[0]
         rows = hold_out([0] * len(parts[0]) if whole is None else whole.tolist())
-        parts = [Subset(parts[0], part) for part in rows]
+        parts = [Some(parts[0], part) for part in rows]
         labels = [None if whole is None else whole[part] for part in rows]
-    pictures: list[Pictures] = [Items(part, called, pick) for part in parts]
-    sets = [image_set(p, part, image_size) for p, part in zip(pictures, labels, strict=True)]
+    sets = [image_set(p, part, image_size) for p, part in zip(parts, labels, strict=True)]
     return _dataset(sets, names)
 
 
-LOADERS = {"folder": folder, "npz": npz, "torchvision": torchvision, "huggingface": huggingface}
+LOADERS = {
+    "folder": folder, "webdataset": webdataset, "npz": npz, "torchvision": torchvision,
+    "huggingface": huggingface,
+}  # fmt: skip

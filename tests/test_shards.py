@@ -1,0 +1,148 @@
+"""WebDataset's tar shards."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslfast.train import data, sources
+
+CPU = torch.device("cpu")
+
+
+def encoded(seed: int, kind: str = "png") -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "jpeg" if kind == "jpg" else kind)
+    return file.getvalue()
+
+
+def write(path, samples, mode="w"):
+    """samples: (name, bytes) in order"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(i: int, kind: str = "png", label: int | None = None, key: str = "a/{:04}"):
+    name = key.format(i)
+    classes = [] if label is None else [(f"{name}.cls", str(label).encode())]
+    return [*classes, (f"{name}.{kind}", encoded(i, kind)), (f"{name}.json", b"{}")]
+
+
+def shard(path, rows, **options):
+    """Of images `rows` and classes row % 3."""
+    return write(path, [file for i in rows for file in sample(i, label=i % 3, **options)])
+
+
+def expected(i: int, size: int, kind: str = "png") -> torch.Tensor:
+    class One:
+        def __len__(self):
+            return 1
+
+        def open(self, index):
+            return Image.open(io.BytesIO(encoded(i, kind)))
+
+    return data.Decoded(One(), size).decode(0)
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize("pattern", ["folder", "braces"])
+def test_shards_with_classes(tmp_path, monkeypatch, workers, pattern):
+    """In memory, or (with a number of workers) read where they lie; every fifth of a class is for testing."""
+    if workers is not None:
+        monkeypatch.setattr(data, "MEMORY", 0)
+    for number in range(12):
+        shard(tmp_path / f"shard-{number:03}.tar", range(5 * number, 5 * number + 5))
+    name = tmp_path if pattern == "folder" else tmp_path / "shard-{000..011}.tar"
+    dataset = sources.load(f"webdataset:{name}", 16)
+    kept, held = data.hold_out([i % 3 for i in range(60)])
+    for images, rows in ((dataset.train, kept), (dataset.test, held)):
+        assert images.labels.tolist() == [i % 3 for i in rows] and len(images) == len(rows)
+        order = torch.randperm(len(rows))
+        found = torch.cat(list(images.batches(order.split(7), CPU, workers or 0)))
+        assert all(torch.equal(x, expected(rows[i], 16)) for x, i in zip(found, order.tolist(), strict=True))
+    assert dataset.classes == ("0", "1", "2")
+
+
+def test_a_split_of_their_own(tmp_path):
+    for part, rows in (("train-0", range(8)), ("train-1", range(8, 16)), ("val-0", range(16, 20))):
+        shard(tmp_path / f"{part}.tar", rows)
+    dataset = sources.load(f"webdataset:{tmp_path}", 16)
+    assert (len(dataset.train), len(dataset.test)) == (16, 4)
+    assert torch.equal(dataset.test.image(3), expected(19, 16))
+    assert dataset.test.labels.tolist() == [1, 2, 0, 1]
+
+
+def test_without_classes_and_with_strange_names(tmp_path):
+    """A sample ends at its first dot, has one image, and may have anything else; names of any bytes."""
+    files = [
+        ("a/b.c/0001.seg.txt", b"text"), ("a/b.c/0001.jpg", encoded(1, "jpg")), ("x.png", encoded(2)),
+        ("x.jpg", encoded(3, "jpg")), ("\udce9.PNG", encoded(4)), ("long/" * 40 + "y.left.png", encoded(5)),
+        ("README", b"no dot"), ("z.cls", b"3"),
+    ]  # fmt: skip
+    path = write(tmp_path / "one.tar", files)
+    dataset = sources.load(f"webdataset:{path}", 16)
+    assert dataset.train.labels is None and dataset.classes == () and len(dataset.train) == 4
+    for found, (i, kind) in enumerate([(1, "jpg"), (2, "png"), (4, "png"), (5, "png")]):
+        assert torch.equal(dataset.train.image(found), expected(i, 16, kind))
+
+
+def test_broken_images_and_shards_are_named_and_survived(tmp_path, capsys, monkeypatch):
+    shard(tmp_path / "0.tar", range(6))
+    write(tmp_path / "1.tar", [*sample(6), ("bad.png", b"no image"), *sample(7)])
+    whole = shard(tmp_path / "2.tar", range(8, 14)).read_bytes()
+    with tarfile.open(tmp_path / "2.tar") as tar:
+        last = [member for member in tar if member.name.endswith("11.png")][0]
+    (tmp_path / "2.tar").write_bytes(whole[: last.offset_data + last.size // 2])
+    (tmp_path / "3.tar").write_bytes(b"text" * 1000)
+    shard(tmp_path / "4.tar", range(14, 20))
+    for memory in (data.MEMORY, 0):
+        monkeypatch.setattr(data, "MEMORY", memory)
+        dataset = sources.load(f"webdataset:{tmp_path}", 16)
+        if not memory:
+            assert len(dataset.train) + len(dataset.test) == 19
+            for images in (dataset.train, dataset.test):
+                list(images.batches([torch.arange(len(images))], CPU))
+        else:
+            assert len(dataset.train) + len(dataset.test) == 17
+        printed = capsys.readouterr().out
+        assert f"{tmp_path}/1.tar:bad.png: UnidentifiedImageError" in printed
+        assert f"{tmp_path}/2.tar:a/0011.png: the shard ends within it" in printed
+        assert f"{tmp_path}/2.tar is not a whole uncompressed tar file, 4 images of it are used" in printed
+        assert f"{tmp_path}/3.tar is not a whole uncompressed tar file, 0 images of it are used" in printed
+        assert printed.count("skipped") == 2
+
+
+def test_what_is_refused(tmp_path):
+    compressed = write(tmp_path / "c" / "a.tar.gz", sample(0) + sample(1) + sample(2), "w:gz")
+    no_class = write(tmp_path / "b" / "a.tar", [*sample(0), *sample(1), ("a/0001.cls", b"cat")])
+    few = write(tmp_path / "f" / "a.tar", sample(0))
+    for name, message in (
+        (tmp_path / "nothing", "expected a tar file, a folder of them"),
+        (tmp_path / "x-{0..3}.tar", "expected a tar file, a folder of them"),
+        (compressed, "is not an uncompressed tar file"),
+        (no_class, r"expected the number of a class in a/0001.cls of .*, got b'cat'"),
+        (few, "expected at least two readable training images"),
+        ("", "expected mnist5k"),
+    ):
+        with pytest.raises(ValueError, match=f"^data: .*{message}"):
+            sources.load(f"webdataset:{name}", 16)
+
+
+def test_a_reader_keeps_no_file_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY", 0)
+    for number in range(20):
+        shard(tmp_path / f"{number:02}.tar", range(3 * number, 3 * number + 3))
+    dataset = sources.load(f"webdataset:{tmp_path}", 16)
+    before = len(os.listdir("/proc/self/fd"))
+    list(dataset.train.batches(torch.randperm(len(dataset.train)).split(8), CPU))
+    assert len(os.listdir("/proc/self/fd")) <= before
