@@ -19,11 +19,11 @@ class TrainConfig:
     """What every method shares."""
 
     out: Path
-    """Folder of the run: config, metrics, checkpoint, weights, evaluation, TensorBoard and two pictures."""
+    """Folder of the run: config, metrics, checkpoint, weights, evaluation, TensorBoard and pictures."""
     data: str = "mnist5k"
     """mnist5k (5,000 MNIST digits), photos (crops of scikit-image's photographs), folder:PATH (class
-    sub-folders
-    optional), npz:PATH, torchvision:NAME or huggingface:NAME."""
+    sub-folders optional), webdataset:PATH (tar shards, a folder of them or a name with {000..146}), npz:PATH,
+    torchvision:NAME or huggingface:NAME."""
     epochs: int = 20
     batch_size: int = 256
     """Images of one loss, of all processes together."""
