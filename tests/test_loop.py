@@ -2,7 +2,9 @@
 
 import io
 import re
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,47 @@ def test_quiet_without_a_terminal(images, tmp_path, capsys):
     assert len(lines) == 2 and re.fullmatch(
         r"epoch 1: loss \d\.\d+  lr \S+  \d+ images/s  data \d+%(, [a-z]+ \d+%)+", lines[0]
     )
+
+
+class FakeWandb(types.ModuleType):
+    """What the loop uses of Weights & Biases."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls, self.rows, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.calls.append(options)
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_where_they_are_installed(images, tmp_path, monkeypatch, interrupt):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = config(tmp_path / "run", images, epochs=3, wandb="digits")
+    with monkeypatch.context() as context:
+        context.setattr(loop.Update, "step", loop.Update.step)
+        interrupt(6)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train("simclr", cfg)
+    loop.train("simclr", config(cfg.out, images, epochs=3, wandb="digits", resume=True))
+    first, second = fake.calls
+    assert first["id"] == second["id"] and first["resume"] == "allow" and first["project"] == "digits"
+    assert first["config"]["method"] == "simclr" and first["config"]["epochs"] == 3
+    assert [step for step, _ in fake.rows] == [1, 2, 3] and fake.finished == 2
+    assert {"loss", "learning_rate", "time_loss"} <= set(fake.rows[0][1])
+    loop.train("simclr", config(tmp_path / "other", images))
+    assert len(fake.calls) == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="^wandb: needs the package wandb"):
+        loop.train("simclr", config(tmp_path / "third", images, wandb="digits"))
+    assert not (tmp_path / "third").exists()
 
 
 def test_tensorboard_has_each_epoch_once(images, tmp_path, monkeypatch, interrupt):

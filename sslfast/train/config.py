@@ -74,6 +74,8 @@ class TrainConfig:
     """BatchNorm over the batch of all processes that torchrun starts."""
     timeout_minutes: float = 10.0
     """How long a process waits for another before it gives up."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the metrics too, if its package is installed."""
     resume: bool = False
     """Go on with the run in the same folder; options that are not given are the run's."""
     overwrite: bool = False
@@ -164,7 +166,7 @@ class TrainConfig:
 
 def identity(method: str, config: TrainConfig) -> dict:
     """The options that decide a run's weights: with others it is another run, and cannot be gone on with."""
-    values = dataclasses.asdict(config)
+    options = dataclasses.asdict(config)
     for name in (
         "out",
         "data",
@@ -173,17 +175,23 @@ def identity(method: str, config: TrainConfig) -> dict:
         "knn_every",
         "checkpoint_minutes",
         "timeout_minutes",
+        "wandb",
         "resume",
         "overwrite",
     ):
-        del values[name]  # data may have moved: the images themselves are compared
-    return {"method": method, **values, "augment": config.resolve_augment()}
+        del options[name]  # data may have moved: the images themselves are compared
+    return {"method": method, **options, "augment": config.resolve_augment()}
 
 
 def save(method: str, config: TrainConfig, path: Path) -> None:
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    del values["resume"], values["overwrite"]
-    write_text(path, json.dumps({"method": method, **values}, indent=2) + "\n")
+    write_text(path, json.dumps({"method": method, **values(config)}, indent=2) + "\n")
+
+
+def values(config: TrainConfig) -> dict:
+    """The options of a run, without those of a call, as JSON can have them."""
+    found = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    del found["resume"], found["overwrite"]
+    return found
 
 
 def load(run: Path) -> tuple[str, TrainConfig]:
@@ -194,9 +202,9 @@ def load(run: Path) -> tuple[str, TrainConfig]:
     if not path.is_file():
         raise ValueError(f"run: expected the folder of a run, with a config.json, got {run}")
     try:
-        values = json.loads(path.read_text())
-        method = values.pop("method")
-        return method, methods.module(method).Config(**{**values, "out": run})
+        options = json.loads(path.read_text())
+        method = options.pop("method")
+        return method, methods.module(method).Config(**{**options, "out": run})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"run: {path} is not the config of a run that this version knows: {error}"

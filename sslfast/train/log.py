@@ -1,11 +1,14 @@
 """What a run tells while it trains: live progress, metrics.csv and TensorBoard."""
 
 import csv
+import importlib
 import io
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,8 +34,13 @@ class Log:
     its own phases took.
     """
 
-    def __init__(self, out: Path, console: Console, total: int, budget: Budget) -> None:
-        self.out, self.console, self.budget = out, console, budget
+    def __init__(
+        self, out: Path, console: Console, total: int, budget: Budget, online: dict[str, Any] | None = None
+    ) -> None:
+        """online: options of a run whose metrics Weights & Biases get too, in the project online["wandb"]."""
+        self.out, self.console, self.budget, self.online = out, console, budget, online
+        self.id = uuid.uuid4().hex[:12]  # Weights & Biases know a run by it that goes on
+        self._online: Any = None
         self.rows: list[dict[str, float]] = []
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -53,6 +61,11 @@ class Log:
             return self
         with self._disk_may_be_full("TensorBoard events"):
             self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
+        if self.online:
+            self._online = wandb().init(
+                project=self.online["wandb"], dir=self.out, id=self.id, name=self.out.name,
+                config=self.online, resume="allow",
+            )  # fmt: skip
         self._bar.start()
         return self
 
@@ -61,6 +74,8 @@ class Log:
         with self._disk_may_be_full("TensorBoard events"):
             if self._board:
                 self._board.close()
+        if self._online:
+            self._online.finish()
 
     def begin_epoch(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -133,6 +148,8 @@ class Log:
                 for name, value in row.items():
                     self._board.add_scalar(name, value, row["epoch"])
                 self._board.flush()
+        if self._online:
+            self._online.log(row, step=int(row["epoch"]))
         if not self.console.is_terminal:
             print(f"epoch {row['epoch']}: {self._text(row)}  {self._budget(row)}", flush=True)
         if warning and not self._warned:
@@ -187,6 +204,7 @@ class Log:
     def state_dict(self) -> dict:
         """Of all processes, which all call it."""
         return {
+            "id": self.id,
             "rows": self.rows,
             "sums": self._of_all(),
             "counts": self._counts,
@@ -196,6 +214,7 @@ class Log:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.id = state["id"]
         self.rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
         self._images, self._elapsed = state["images"], state["elapsed"]
         self.budget.load_state_dict(state["phases"])
@@ -218,3 +237,11 @@ def _tensorboard(out: Path, purge_step: int):
     except ImportError:
         return None
     return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
+
+
+def wandb() -> Any:
+    """The package; raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(f"wandb: needs the package wandb: {error}") from error

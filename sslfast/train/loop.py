@@ -12,11 +12,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sslfast.train import augment, batchnorm, checkpoint, evaluate, methods, optim, processes, report, sources
+from sslfast.train import (
+    augment,
+    batchnorm,
+    checkpoint,
+    config,
+    evaluate,
+    methods,
+    optim,
+    processes,
+    report,
+    sources,
+)
 from sslfast.train.budget import Budget, phase, running
 from sslfast.train.config import TrainConfig
 from sslfast.train.data import in_one_copy
-from sslfast.train.log import Log
+from sslfast.train.log import Log, wandb
 from sslfast.train.methods import Method, Now
 from sslfast.train.monitor import CollapseMonitor
 from sslfast.train.parallel import Parallel
@@ -44,6 +55,8 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
     rank, parts = processes.rank(), processes.processes()
     console = Console(quiet=True, force_terminal=False) if rank else Console()
     with processes.together():
+        if cfg.wandb:
+            wandb()
         device = cfg.resolve_device()
         dataset = sources.load(cfg.data, cfg.image_size)
         count, (channels, size, _) = len(dataset.train), dataset.train.shape
@@ -65,7 +78,7 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
     own = slice(batch_size // parts * rank, batch_size // parts * (rank + 1))  # of each batch
     total, peak = cfg.epochs * steps, cfg.resolve_learning_rate(batch_size * cfg.accumulate)
     update, monitor, budget = Update(model, cfg, device), CollapseMonitor(), Budget(device)
-    log = Log(cfg.out, console, total, budget)
+    log = Log(cfg.out, console, total, budget, {"method": method, **config.values(cfg)} if cfg.wandb else {})
     kept = {"model": model, "update": update, "monitor": monitor, "log": log}
     run = Run(method, cfg, fingerprint, device, kept, console)
     done = run.start()
