@@ -182,7 +182,8 @@ def _evaluator() -> Callable:
         if finetune < 0:
             raise ValueError(f"finetune: expected a number of epochs, got {finetune}")
         method, cfg = config.load(run)
-        evaluation.run(method, cfg, sources.load(cfg.data, cfg.image_size), Console(), finetune)
+        dataset = sources.load(cfg.data, cfg.image_size, cfg.memory())
+        evaluation.run(method, cfg, dataset, Console(), finetune)
 
     return evaluate
 

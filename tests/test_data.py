@@ -147,9 +147,8 @@ def test_broken_images_are_named_once_and_skipped(partly_broken, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, capsys, workers, monkeypatch):
-    monkeypatch.setattr(data, "MEMORY", 0)
-    dataset = sources.load(f"folder:{partly_broken}", 8)
+def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, capsys, workers):
+    dataset = sources.load(f"folder:{partly_broken}", 8, 0)
     assert isinstance(dataset.train.images, data.Decoded)
     pictures = dataset.train.images.pictures
     names = [Path(pictures.name(i)).name for i in range(len(pictures))]
@@ -203,21 +202,19 @@ def test_a_name_of_any_bytes_can_be_reported(tmp_path, capsys):
     assert r"\udce9.png" in capsys.readouterr().out
 
 
-def test_a_data_set_without_any_readable_image_is_refused(tmp_path, monkeypatch):
+def test_a_data_set_without_any_readable_image_is_refused(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(ValueError, match="data: expected at least two readable"):
         sources.load(f"folder:{tmp_path}", 8)
-    monkeypatch.setattr(data, "MEMORY", 0)
-    dataset = sources.load(f"folder:{tmp_path}", 8)
+    dataset = sources.load(f"folder:{tmp_path}", 8, 0)
     with pytest.raises(ValueError, match="data: no readable image is left"):
         list(dataset.train.batches(torch.arange(4).split(2), CPU))
 
 
-def test_decoding_leaves_the_global_generator_alone(class_folder, monkeypatch):
+def test_decoding_leaves_the_global_generator_alone(class_folder):
     """Views draw from it: batches that did too would not resume with the same views."""
-    monkeypatch.setattr(data, "MEMORY", 0)
-    dataset = sources.load(f"folder:{class_folder}", 16)
+    dataset = sources.load(f"folder:{class_folder}", 16, 0)
     for workers in (0, 1):
         before = torch.get_rng_state()
         list(dataset.train.batches(torch.arange(8).split(4), CPU, workers))

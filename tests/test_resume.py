@@ -15,7 +15,7 @@ from tiny_runs import assert_same_weights, config, timeless, weights
 from train_processes import noted_views
 
 from sslfast.cli import main
-from sslfast.train import checkpoint, data, loop
+from sslfast.train import checkpoint, loop
 from sslfast.train import log as log_module
 from sslfast.train.methods.simclr import SimCLR
 from sslfast.train.run import Interruption
@@ -66,15 +66,14 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_weights(
 
 
 def test_resuming_in_the_middle_of_an_epoch_of_decoded_images(class_folder, tmp_path, monkeypatch, interrupt):
-    monkeypatch.setattr(data, "MEMORY", 0)
-    runs = [config(tmp_path / name, f"folder:{class_folder}", image_size=16, workers=2) for name in "ab"]
+    decoded = {"image_size": 16, "cache_gib": 0.0}
+    runs = [config(tmp_path / name, f"folder:{class_folder}", workers=2, **decoded) for name in "ab"]
     loop.train("simclr", runs[0])
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         loop.train("simclr", runs[1])
     monkeypatch.undo()
-    monkeypatch.setattr(data, "MEMORY", 0)
-    loop.train("simclr", config(runs[1].out, f"folder:{class_folder}", image_size=16, workers=1, resume=True))
+    loop.train("simclr", config(runs[1].out, f"folder:{class_folder}", workers=1, resume=True, **decoded))
     assert_same_weights(weights(runs[0]), weights(runs[1]))
 
 
@@ -318,14 +317,10 @@ def test_the_first_update_may_overflow_in_float16(images, tmp_path):
 
 def test_a_signal_to_all_processes_stops_a_run_whose_workers_decode(class_folder, tmp_path):
     """As job schedulers send it: to the workers too, which leave it to the main process."""
-    code = (
-        "import sys; from sslfast import cli; from sslfast.train import data; data.MEMORY = 0; "
-        "cli.main(sys.argv[1:])"
-    )
-    options = "--image-size 16 --batch-size 8 --epochs 5000".split()
+    options = "--image-size 16 --batch-size 8 --epochs 5000 --cache-gib 0".split()
     options += ["--data", f"folder:{class_folder}"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", "simclr", "--out", "run", *options, "--workers", "2"],
+        [sys.executable, "-m", "sslfast", "train", "simclr", "--out", "run", *options, "--workers", "2"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -56,14 +56,12 @@ def expected(i: int, size: int, kind: str = "png") -> torch.Tensor:
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
 @pytest.mark.parametrize("pattern", ["folder", "braces"])
-def test_shards_with_classes(tmp_path, monkeypatch, workers, pattern):
+def test_shards_with_classes(tmp_path, workers, pattern):
     """In memory, or (with a number of workers) read where they lie; every fifth of a class is for testing."""
-    if workers is not None:
-        monkeypatch.setattr(data, "MEMORY", 0)
     for number in range(12):
         shard(tmp_path / f"shard-{number:03}.tar", range(5 * number, 5 * number + 5))
     name = tmp_path if pattern == "folder" else tmp_path / "shard-{000..011}.tar"
-    dataset = sources.load(f"webdataset:{name}", 16)
+    dataset = sources.load(f"webdataset:{name}", 16, 1 << 30 if workers is None else 0)
     kept, held = data.hold_out([i % 3 for i in range(60)])
     for images, rows in ((dataset.train, kept), (dataset.test, held)):
         assert images.labels.tolist() == [i % 3 for i in rows] and len(images) == len(rows)
@@ -96,7 +94,7 @@ def test_without_classes_and_with_strange_names(tmp_path):
         assert torch.equal(dataset.train.image(found), expected(i, 16, kind))
 
 
-def test_broken_images_and_shards_are_named_and_survived(tmp_path, capsys, monkeypatch):
+def test_broken_images_and_shards_are_named_and_survived(tmp_path, capsys):
     shard(tmp_path / "0.tar", range(6))
     write(tmp_path / "1.tar", [*sample(6), ("bad.png", b"no image"), *sample(7)])
     whole = shard(tmp_path / "2.tar", range(8, 14)).read_bytes()
@@ -105,9 +103,8 @@ def test_broken_images_and_shards_are_named_and_survived(tmp_path, capsys, monke
     (tmp_path / "2.tar").write_bytes(whole[: last.offset_data + last.size // 2])
     (tmp_path / "3.tar").write_bytes(b"text" * 1000)
     shard(tmp_path / "4.tar", range(14, 20))
-    for memory in (data.MEMORY, 0):
-        monkeypatch.setattr(data, "MEMORY", memory)
-        dataset = sources.load(f"webdataset:{tmp_path}", 16)
+    for memory in (1 << 30, 0):
+        dataset = sources.load(f"webdataset:{tmp_path}", 16, memory)
         if not memory:
             assert len(dataset.train) + len(dataset.test) == 19
             for images in (dataset.train, dataset.test):
@@ -138,11 +135,10 @@ def test_what_is_refused(tmp_path):
             sources.load(f"webdataset:{name}", 16)
 
 
-def test_a_reader_keeps_no_file_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MEMORY", 0)
+def test_a_reader_keeps_no_file_open(tmp_path):
     for number in range(20):
         shard(tmp_path / f"{number:02}.tar", range(3 * number, 3 * number + 3))
-    dataset = sources.load(f"webdataset:{tmp_path}", 16)
+    dataset = sources.load(f"webdataset:{tmp_path}", 16, 0)
     before = len(os.listdir("/proc/self/fd"))
     list(dataset.train.batches(torch.randperm(len(dataset.train)).split(8), CPU))
     assert len(os.listdir("/proc/self/fd")) <= before

@@ -63,9 +63,10 @@ class TrainConfig:
     """Compile the method's forward pass with torch.compile."""
     device: str = "auto"
     """auto: a GPU if there is one, otherwise the CPU. Each process of torchrun takes one of its own."""
+    cache_gib: float = 4.0
+    """A data set of files whose pixels take no more than this is decoded once; otherwise in every epoch."""
     workers: int = min(8, os.cpu_count() or 1)
-    """Processes that decode images, for each one that trains and data that does not fit into memory (4 GiB of
-    pixels)."""
+    """Processes that decode images in every epoch, for each one that trains."""
     knn_every: int = 0
     """Epochs between two measurements of kNN accuracy; 0: only after training."""
     checkpoint_minutes: float = 10.0
@@ -91,7 +92,9 @@ class TrainConfig:
         self.check_at_least(8, "image_size")
         if self.seed >= 1 << 32:
             raise ValueError(f"seed: expected less than 2^32, got {self.seed}")
-        for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "checkpoint_minutes"):
+        for name in (
+            "learning_rate", "weight_decay", "warmup_epochs", "clip_norm", "checkpoint_minutes", "cache_gib",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number that is not negative, got {value}")
@@ -146,6 +149,10 @@ class TrainConfig:
             )
         return device
 
+    def memory(self) -> int:
+        """Bytes of cache_gib."""
+        return round(self.cache_gib * (1 << 30))
+
     def resolve_precision(self, device: torch.device) -> torch.dtype:
         if self.precision == "auto":
             fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
@@ -172,6 +179,7 @@ def identity(method: str, config: TrainConfig) -> dict:
         "data",
         "device",
         "workers",
+        "cache_gib",
         "knn_every",
         "checkpoint_minutes",
         "timeout_minutes",

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 
 from sslfast.train.processes import rank
 
-MEMORY = 4 << 30
-"""Bytes of decoded images up to which a data set is kept in memory; a larger one is decoded every epoch."""
 TEST_EVERY = 5
 LEAST = 8
 """Pixels of a side: anything smaller is a spacer, or broken."""
@@ -180,10 +178,11 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def image_set(pictures: Pictures, labels: Tensor | None, size: int) -> ImageSet:
-    """In memory up to MEMORY bytes, without the pictures that cannot be read; above it, decoded later."""
+def image_set(pictures: Pictures, labels: Tensor | None, size: int, memory: int) -> ImageSet:
+    """In memory up to `memory` bytes, without the pictures that cannot be read; above it, decoded
+    later."""
     decoded = Decoded(pictures, size)
-    if len(pictures) * 3 * size * size > MEMORY:
+    if len(pictures) * 3 * size * size > memory:
         return ImageSet(decoded, labels)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes and resizes without the GIL
         results = list(pool.map(partial(_attempt, decoded), range(len(pictures))))

@@ -58,7 +58,7 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
         if cfg.wandb:
             wandb()
         device = cfg.resolve_device()
-        dataset = sources.load(cfg.data, cfg.image_size)
+        dataset = sources.load(cfg.data, cfg.image_size, cfg.memory())
         count, (channels, size, _) = len(dataset.train), dataset.train.shape
         batch_size = min(cfg.batch_size, count)
         steps = count // (batch_size * cfg.accumulate)  # a smaller last batch has fewer negatives: left out

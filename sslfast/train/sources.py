@@ -4,7 +4,7 @@ import importlib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,17 @@ NPZ = {
 KERAS = {
     "x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels",
 }  # fmt: skip
+Keep = Callable[[Pictures, Tensor | None], ImageSet]  # what becomes of a data set's pictures
 DOWNLOADS = Path("~/.cache/sslfast").expanduser()
 
 
-def load(spec: str, image_size: int) -> Dataset:
+def load(spec: str, image_size: int, memory: int = 4 << 30) -> Dataset:
     """The data set named by `spec`.
 
     Args:
         spec: one of SPECS. mnist5k and npz keep their own size; all others become squares of image_size
         pixels.
+        memory: bytes of decoded images up to which they are kept; others are decoded in every epoch.
 
     Raises:
         ValueError: an unknown name, a missing file or package, or fewer than two readable training images.
@@ -51,7 +53,7 @@ def load(spec: str, image_size: int) -> Dataset:
         return photos(image_size)
     if kind not in LOADERS or not name:
         raise ValueError(f"data: expected {SPECS}, got {spec!r}")
-    dataset = LOADERS[kind](name, image_size)
+    dataset = LOADERS[kind](name, partial(image_set, size=image_size, memory=memory))
     if len(dataset.train) < 2:
         raise ValueError(
             f"data: expected at least two readable training images in {name}, got {len(dataset.train)}"
@@ -134,7 +136,7 @@ class Files:
         return Image.open(path)
 
 
-def folder(name: str, image_size: int) -> Dataset:
+def folder(name: str, keep: Keep) -> Dataset:
     """Images below the folder `name`.
 
     Sub-folders are classes where they hold all of the images. With sub-folders `train` and `test` (or `val`)
@@ -158,7 +160,7 @@ def folder(name: str, image_size: int) -> Dataset:
     for files in splits:
         known = [(file, name) for file, name in files if not classes or name in classes]
         labels = torch.tensor([classes.index(str(name)) for _, name in known]) if classes else None
-        sets.append(image_set(Files([file for file, _ in known]), labels, image_size))
+        sets.append(keep(Files([file for file, _ in known]), labels))
     return Dataset(sets[0], sets[1], classes)
 
 
@@ -169,7 +171,7 @@ def _files(root: Path) -> list[tuple[Path, str | None]]:
     return [(p, names[0] if len(names) > 1 else None) for p, names in parts]
 
 
-def webdataset(name: str, image_size: int) -> Dataset:
+def webdataset(name: str, keep: Keep) -> Dataset:
     """Tar shards as WebDataset writes them: `name` as `shards.expand` takes it.
 
     Of a folder with shards train*.tar and test*.tar or val*.tar the split is theirs; otherwise every fifth
@@ -180,10 +182,10 @@ def webdataset(name: str, image_size: int) -> Dataset:
     train = [path for path in paths if path.name.startswith("train")]
     parts = [train, test] if train and test else [paths]
     indexed = [shards.index(part, IMAGE_SUFFIXES) for part in parts]
-    return _split([part for part, _ in indexed], [labels for _, labels in indexed], None, image_size)
+    return _split([part for part, _ in indexed], [labels for _, labels in indexed], None, keep)
 
 
-def npz(name: str, image_size: int) -> Dataset:
+def npz(name: str, keep: Keep) -> Dataset:
     """Arrays of a NumPy archive: `images` and perhaps `labels`, or both twice, prefixed train_ and test_.
 
     Images are uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1 or 3 and H = W; labels are integers
@@ -286,7 +288,7 @@ def _column(name: str, item: dict) -> Any:
     return item[name]
 
 
-def torchvision(name: str, image_size: int) -> Dataset:
+def torchvision(name: str, keep: Keep) -> Dataset:
     """The torchvision data set of this class name, downloaded to ~/.cache/sslfast where it can be."""
     import inspect
 
@@ -310,7 +312,7 @@ def torchvision(name: str, image_size: int) -> Dataset:
         raise ValueError(f"data: torchvision could not load {name}: {error}") from error
     labels = [_labels(getattr(part, "targets", getattr(part, "_labels", None)), len(part)) for part in parts]
     classes = getattr(parts[0], "classes", None)
-    return _split([Items(part, name, _first) for part in parts], labels, classes, image_size)
+    return _split([Items(part, name, _first) for part in parts], labels, classes, keep)
 
 
 @contextmanager
@@ -324,7 +326,7 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def huggingface(name: str, image_size: int) -> Dataset:
+def huggingface(name: str, keep: Keep) -> Dataset:
     """The Hugging Face data set of this name or local folder: its first columns of images and classes."""
     datasets = _import("datasets", f"huggingface:{name}", "datasets")
     try:
@@ -343,7 +345,7 @@ def huggingface(name: str, image_size: int) -> Dataset:
     labels = [_labels(part[classes[0]] if classes else None, len(part)) for part in parts]
     names = features[classes[0]].names if classes else None
     pick = partial(_column, images[0])
-    return _split([Items(part, name, pick) for part in parts], labels, names, image_size)
+    return _split([Items(part, name, pick) for part in parts], labels, names, keep)
 
 
 def _import(module: str, spec: str, package: str) -> Any:
@@ -376,13 +378,13 @@ class Some:
         return self.pictures.open(int(self.rows[index]))
 
 
-def _split(parts: Sequence[Pictures], labels: list[Tensor | None], names: Any, image_size: int) -> Dataset:
+def _split(parts: Sequence[Pictures], labels: list[Tensor | None], names: Any, keep: Keep) -> Dataset:
     if len(parts) == 1:
         whole = labels[0]
         rows = hold_out([0] * len(parts[0]) if whole is None else whole.tolist())
         parts = [Some(parts[0], part) for part in rows]
         labels = [None if whole is None else whole[part] for part in rows]
-    sets = [image_set(p, part, image_size) for p, part in zip(parts, labels, strict=True)]
+    sets = [keep(p, part) for p, part in zip(parts, labels, strict=True)]
     return _dataset(sets, names)
 
 
