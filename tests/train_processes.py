@@ -185,9 +185,12 @@ def runs(folder, images: str, labelled) -> dict:
     with mock.patch.object(byol_module.BYOL, "training_step", breaking(6)):
         found["broken"] = error_of("byol", small("byol", folder / "broken", images, **byol))
     seen, batches = [], ImageSet.batches
-    with mock.patch.object(
-        ImageSet, "batches", lambda self, rows, *rest: seen.append(rows) or batches(self, rows, *rest)
-    ):
+
+    def noting(self, rows, *rest):
+        seen.append(list(rows))
+        return batches(self, seen[-1], *rest)
+
+    with mock.patch.object(ImageSet, "batches", noting):
         with noted_views() as found["views"]:
             loop.train("byol", small("byol", folder / "knn", f"folder:{labelled}", **KNN, **byol))
     found["rows"] = seen[0]  # the first is for training

@@ -3,7 +3,7 @@
 import os
 import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -136,15 +136,21 @@ class ImageSet:
         """With images that are in memory moved to the device."""
         return self if isinstance(self.images, Decoded) else ImageSet(self.images.to(device), self.labels)
 
-    def batches(self, rows: Sequence[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
-        """The uint8 images [B, C, H, W] of each element of `rows`, on the device."""
+    @property
+    def device(self) -> torch.device:
+        """Where rows are looked up."""
+        return torch.device("cpu") if isinstance(self.images, Decoded) else self.images.device
+
+    def batches(self, rows: Iterable[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+        """The uint8 images [B, C, H, W] of each element of `rows`, on the device. Workers decode ahead, also
+        of what `rows` has not given yet when a batch is taken."""
         if not isinstance(self.images, Decoded):
-            for part in in_one_copy(rows, self.images.device):
-                yield self.images[part].to(device)
+            for part in rows:
+                yield self.images[part.to(self.images.device)].to(device)
             return
         loader: DataLoader = DataLoader(
             self.images,  # type: ignore[arg-type]  # a map-style data set needs no more than len and getitem
-            batch_sampler=[part.tolist() for part in rows],
+            batch_sampler=(part.tolist() for part in rows),  # type: ignore[arg-type]  # any iterable will do
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",

@@ -42,7 +42,7 @@ def run(encoder: nn.Module, dataset: Dataset, cfg: TrainConfig, epochs: int, dev
         model.train()
         rows = loop.order(len(train), batch_size, cfg.seed, epoch)[:steps]
         seed = augment.epoch_seed(cfg.seed, epoch, augment.FINETUNING)
-        batches = train.batches(rows, device, cfg.workers)
+        batches = train.batches(in_one_copy(rows, train.device), device, cfg.workers)
         for step, (ids, images) in enumerate(zip(in_one_copy(rows, device), batches, strict=True)):
             factor = optim.warmup_cosine(epoch * steps + step, 0.1 * epochs * steps, epochs * steps)
             optim.set_rate(optimizer, RATE * batch_size / 256 * factor)

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -89,13 +89,12 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
         + (f", {parts} processes" if parts > 1 else "")
     )
     began, images = time.perf_counter(), dataset.train.to(device)
+    rows = partial(rows_of_run, cfg, count, batch_size, own, done)
+    batches, ids = images.batches(rows(images.device), device, cfg.workers), rows(device)
     with log, running(budget), Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
-            whole = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
-            rows = [part[own] for part in whole[(done - epoch * steps) * cfg.accumulate :]]
-            ids, seed = iter(in_one_copy(rows, device)), augment.epoch_seed(cfg.seed, epoch)
-            batches = images.batches(rows, device, cfg.workers)
+            seed = augment.epoch_seed(cfg.seed, epoch)
             for step in range(done, (epoch + 1) * steps):
                 rate = peak * optim.rate_at(cfg.schedule, step, cfg.warmup_epochs * steps, total)
                 optim.set_rate(update.optimizer, rate)
@@ -153,6 +152,17 @@ def order(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, .
     """The rows of each batch of an epoch: a random order that depends on seed and epoch alone."""
     permutation = np.random.default_rng((seed, epoch)).permutation(count)
     return torch.from_numpy(permutation).split(batch_size)
+
+
+def rows_of_run(
+    cfg: TrainConfig, count: int, batch_size: int, own: slice, done: int, device: torch.device
+) -> Iterator[Tensor]:
+    """A process's rows of each batch after `done` updates, to the end of the run, on the device."""
+    steps = count // (batch_size * cfg.accumulate)
+    for epoch in range(done // steps, cfg.epochs):
+        whole = order(count, batch_size, cfg.seed, epoch)[: steps * cfg.accumulate]
+        first = max(0, done - epoch * steps) * cfg.accumulate
+        yield from in_one_copy([part[own] for part in whole[first:]], device)
 
 
 class Update:
