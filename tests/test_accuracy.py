@@ -34,7 +34,7 @@ def train(out, method: str, *options: str) -> tuple[float, float, str]:
 @pytest.mark.parametrize(
     "method, options",
     [
-        ("byol", "--epochs 9 --batch-size 32 --learning-rate 1e-3 --momentum 0.95 --hidden-dim 1024"),
+        ("byol", "--epochs 10 --batch-size 32 --learning-rate 1e-3 --momentum 0.95 --hidden-dim 1024"),
         ("moco", "--epochs 20 --batch-size 128 --queue-size 1024"),
         ("mocov3", "--epochs 10 --batch-size 128 --hidden-dim 1024"),
     ],
@@ -63,18 +63,20 @@ def test_dino_on_mnist5k(tmp_path):
     assert "collapsed" not in printed
 
 
-MAE = [
-    ("--data mnist5k --patch-size 7", 25),
-    ("--data photos --image-size 48 --patch-size 12 --mask-ratio 0.5", 20),
-]
+PHOTOS = "--data photos --image-size 48 --patch-size 12 --mask-ratio 0.5 --clip-norm 1 --warmup-epochs 5"
+MAE = [("--data mnist5k --patch-size 7", 25), (PHOTOS, 20)]
 
 
-@pytest.mark.parametrize("options, epochs", MAE)
-def test_mae_learns(options, epochs, tmp_path):
+@pytest.mark.parametrize("options, epochs, few, nearest", [(*MAE[0], 0.15, 0.12), (*MAE[1], 0.05, 0.10)])
+def test_mae_learns(options, epochs, few, nearest, tmp_path):
+    """few, nearest: what 10 labels per class and kNN gain at least over the untrained encoder. On the
+    photographs 10 labels per class gain 0.03 to 0.09, by the seed; kNN tells more reliably."""
     out = tmp_path / "run"
     accuracy, seconds, printed = train(out, "mae", *options.split(), "--epochs", str(epochs))
     untrained = float(re.search(r"^10 labels per class: .* untrained encoder (0\.\d+)", printed, re.M)[1])
-    assert accuracy >= untrained + 0.08 and seconds <= 180
+    knn = re.search(r"^kNN .*: (0\.\d+) .* untrained encoder (0\.\d+)", printed, re.M)
+    assert accuracy >= untrained + few and seconds <= 180
+    assert float(knn[1]) >= float(knn[2]) + nearest
     assert "warning" not in printed
     assert (out / "reconstruction.png").stat().st_size > 10_000
 
