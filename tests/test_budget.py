@@ -14,6 +14,7 @@ class Clock:
         self.host, self.queue, self.device, self.made = 0.0, [], 0.0, 0
         monkeypatch.setattr(module.time, "perf_counter", lambda: self.host)
         monkeypatch.setattr(torch.cuda, "Event", self._event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
 
     def _event(self, enable_timing):
         assert enable_timing
@@ -38,7 +39,8 @@ class Event:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.at = clock, None
 
-    def record(self) -> None:
+    def record(self, stream) -> None:
+        assert stream.type == "cuda"
         self.at, self.given = None, self.clock.host
         self.clock.queue.append(self)
 
@@ -74,6 +76,11 @@ def test_phases_on_the_host(monkeypatch):
     spend(clock, 5)
     later.load_state_dict(budget.state_dict())
     assert later.seconds == {name: expected.get(name, 0) + 5 * (name == "other") for name in PHASES}
+    with budget.phase(module.PAUSE):
+        spend(clock, 100)
+    spend(clock, 100)
+    budget.restart()
+    assert sum(budget.state_dict().values()) == 68
     budget.reset()
     assert set(budget.shares().values()) == {0}
 

@@ -119,6 +119,43 @@ def test_broken_images_and_shards_are_named_and_survived(tmp_path, capsys):
         assert printed.count("skipped") == 2
 
 
+@pytest.mark.parametrize("how", ["garbage", "bit", "zeros", "cut inside", "cut at", "two in one"])
+def test_a_broken_header_is_no_end(tmp_path, capsys, how):
+    """tarfile ends there without a word."""
+    path = shard(tmp_path / "a.tar", range(10))
+    with tarfile.open(path) as tar:
+        at = [member.offset for member in tar if member.name == "a/0005.cls"][0]
+    content = bytearray(path.read_bytes())
+    if how in ("garbage", "zeros"):
+        content[at : at + 512] = (b"x" if how == "garbage" else b"\0") * 512
+    elif how == "bit":
+        content[at + 3] ^= 4
+    elif how.startswith("cut"):
+        del content[at + 100 * (how == "cut inside") :]
+    else:
+        content[at:] = bytes(1024) + content[at:]
+    path.write_bytes(content)
+    dataset = sources.load(f"webdataset:{path}", 16)
+    printed = capsys.readouterr().out
+    assert len(dataset.train) + len(dataset.test) == 5
+    assert f"{path} is not a whole uncompressed tar file, 5 images of it are used: " in printed
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    path = write(tmp_path / "a.tar", [f for i in range(6) for f in sample(i, label=i if i != 2 else None)])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("b/1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/0001.png"
+        tar.addfile(link)
+        hidden = tarfile.TarInfo("a/._0001.png")
+        tar.addfile(hidden)
+    dataset = sources.load(f"webdataset:{path}", 16)
+    assert dataset.train.labels is None and len(dataset.train) + len(dataset.test) == 6
+    printed = capsys.readouterr().out
+    assert "1 links in the shards are left out" in printed
+    assert "1 of 6 images have no .cls: no labels are used" in printed
+
+
 def test_what_is_refused(tmp_path):
     compressed = write(tmp_path / "c" / "a.tar.gz", sample(0) + sample(1) + sample(2), "w:gz")
     no_class = write(tmp_path / "b" / "a.tar", [*sample(0), *sample(1), ("a/0001.cls", b"cat")])
@@ -126,7 +163,8 @@ def test_what_is_refused(tmp_path):
     for name, message in (
         (tmp_path / "nothing", "expected a tar file, a folder of them"),
         (tmp_path / "x-{0..3}.tar", "expected a tar file, a folder of them"),
-        (compressed, "is not an uncompressed tar file"),
+        (tmp_path / "f" / "{5..1}.tar", "expected a tar file, a folder of them"),
+        (compressed, "a.tar.gz is not an uncompressed tar file"),
         (no_class, r"expected the number of a class in a/0001.cls of .*, got b'cat'"),
         (few, "expected at least two readable training images"),
         ("", "expected mnist5k"),

@@ -12,6 +12,7 @@ PHASES = ("data", "augment", "forward", "loss", "backward", "optimizer", "ema", 
 """Waiting for images; making views; networks; the loss, with what it does of the gradient already; the rest
 of the gradient, and averaging it over processes; the update; the teacher's; all else."""
 
+PAUSE = "pause"  # a phase that is not counted: what happens then is not training
 PENDING = 256  # marks after which those that a GPU has passed are read
 
 
@@ -25,7 +26,7 @@ class Budget:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._free: list[Any] = []  # events to use again
         self.reset()
 
@@ -43,6 +44,10 @@ class Budget:
             yield
         finally:
             self._begin(before)
+
+    def restart(self) -> None:
+        """Goes on from now, with the seconds there are."""
+        self._marks = deque([(self._mark(), self._now)])
 
     def shares(self) -> dict[str, float]:
         """Of all seconds so far, of each phase; those that a GPU has not passed yet are left out."""
@@ -68,7 +73,7 @@ class Budget:
         if not self._on_gpu:
             return time.perf_counter()
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _read(self) -> None:
@@ -76,7 +81,8 @@ class Budget:
         while len(self._marks) > 1 and (not self._on_gpu or self._marks[1][0].query()):
             begin, name = self._marks.popleft()
             end = self._marks[0][0]
-            self.seconds[name] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+            if name != PAUSE:
+                self.seconds[name] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
             if self._on_gpu:
                 self._free.append(begin)
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +141,9 @@ class ImageSet:
         """Where rows are looked up."""
         return torch.device("cpu") if isinstance(self.images, Decoded) else self.images.device
 
-    def batches(self, rows: Iterable[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, rows: Iterable[Tensor], device: torch.device, workers: int = 0
+    ) -> Generator[Tensor, None, None]:
         """The uint8 images [B, C, H, W] of each element of `rows`, on the device. Workers decode ahead, also
         of what `rows` has not given yet when a batch is taken."""
         if not isinstance(self.images, Decoded):

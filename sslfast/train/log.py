@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sslfast.train import report
-from sslfast.train.budget import PHASES, Budget
+from sslfast.train.budget import PAUSE, PHASES, Budget
 from sslfast.train.checkpoint import write_text
 from sslfast.train.processes import everywhere, processes, rank, summed
 
@@ -62,20 +62,43 @@ class Log:
         with self._disk_may_be_full("TensorBoard events"):
             self._board = _tensorboard(self.out, purge_step=len(self.rows) + 1)
         if self.online:
-            self._online = wandb().init(
-                project=self.online["wandb"], dir=self.out, id=self.id, name=self.out.name,
-                config=self.online, resume="allow",
-            )  # fmt: skip
+            with self._may_fail():
+                self._online = wandb().init(
+                    project=self.online["wandb"], dir=self.out, id=self.id, name=self.out.name,
+                    config=self.online, resume="allow",
+                )  # fmt: skip
         self._bar.start()
+        self._began = self._shown = time.perf_counter()
+        self.budget.restart()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self._bar.stop()
         with self._disk_may_be_full("TensorBoard events"):
             if self._board:
                 self._board.close()
         if self._online:
-            self._online.finish()
+            with self._may_fail():
+                self._online.finish(exit_code=int(kind is not None))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is not training: neither throughput nor the time budget have it."""
+        began = time.perf_counter()
+        with self.budget.phase(PAUSE):
+            yield
+        self._began += time.perf_counter() - began
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Weights & Biases, whatever goes wrong there, stop no run."""
+        try:
+            yield
+        except Exception as error:
+            self._online = None
+            self.console.print(
+                f"[bold red]warning:[/] Weights & Biases: {type(error).__name__}: {error}", highlight=False
+            )
 
     def begin_epoch(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -149,7 +172,8 @@ class Log:
                     self._board.add_scalar(name, value, row["epoch"])
                 self._board.flush()
         if self._online:
-            self._online.log(row, step=int(row["epoch"]))
+            with self._may_fail():
+                self._online.log(row, step=int(row["epoch"]))
         if not self.console.is_terminal:
             print(f"epoch {row['epoch']}: {self._text(row)}  {self._budget(row)}", flush=True)
         if warning and not self._warned:
@@ -174,7 +198,7 @@ class Log:
         rows = slice(SHOWN)
         titles = ["image", *(f"view {i + 1}" for i in range(len(views)))]
         columns = [images[rows] / 255, *(view[rows] for view in views)]
-        with self._disk_may_be_full(name):
+        with self.paused(), self._disk_may_be_full(name):
             report.pictures(titles, [x.float().cpu() for x in columns], self.out / name)
 
     def _speed(self) -> dict[str, float]:
@@ -214,10 +238,10 @@ class Log:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.id = state["id"]
+        self.id = state.get("id", self.id)
         self.rows, self._sums, self._counts = state["rows"], state["sums"], state["counts"]
         self._images, self._elapsed = state["images"], state["elapsed"]
-        self.budget.load_state_dict(state["phases"])
+        self.budget.load_state_dict(state.get("phases", {}))
 
 
 def write_csv(rows: list[dict[str, float]], path: Path) -> None:
@@ -242,6 +266,9 @@ def _tensorboard(out: Path, purge_step: int):
 def wandb() -> Any:
     """The package; raises ValueError where it is not installed."""
     try:
-        return importlib.import_module("wandb")
+        module = importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(f"wandb: needs the package wandb: {error}") from error
+    if not hasattr(module, "init"):  # a folder of that name
+        raise ValueError(f"wandb: needs the package wandb, found {list(module.__path__)}")
+    return module

@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
     began, images = time.perf_counter(), dataset.train.to(device)
     rows = partial(rows_of_run, cfg, count, batch_size, own, done)
     batches, ids = images.batches(rows(images.device), device, cfg.workers), rows(device)
-    with log, running(budget), Interruption(command) as interruption:
+    with log, closing(batches), running(budget), Interruption(command) as interruption:
         for epoch in range(done // steps, cfg.epochs):
             model.train()
             seed = augment.epoch_seed(cfg.seed, epoch)
@@ -115,14 +115,17 @@ def _train(method: str, cfg: TrainConfig, command: str) -> Path:
                 log.live(done := step + 1, rate)
                 stop, due = processes.agreed(interruption.requested, run.due())
                 if done % steps and (stop or due):
-                    run.save(done)
+                    with log.paused():
+                        run.save(done)
                     interruption.stop_here(stop)
             measured = monitor.read()
             if cfg.knn_every and (epoch + 1) % cfg.knn_every == 0:
-                measured["knn"] = evaluate.online_knn(model.encoder, dataset, device, cfg.workers)
+                with log.paused():
+                    measured["knn"] = evaluate.online_knn(model.encoder, dataset, device, cfg.workers)
             log.end_epoch(rate, measured, monitor.warning(log.means()))
             monitor.reset()
-            run.save(done)
+            with log.paused():
+                run.save(done)
             interruption.stop_here(*processes.agreed(interruption.requested))
     if rank:
         return cfg.out

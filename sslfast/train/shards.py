@@ -65,12 +65,13 @@ def expand(pattern: str) -> list[Path]:
         first, last = group.groups()
         numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
         begin, end = pattern[: group.start()], pattern[group.end() :]
-        return sorted(path for number in numbers for path in expand(begin + number + end))
-    path = Path(pattern).expanduser()
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.is_file() else []
+        found = sorted(path for number in numbers for path in expand(begin + number + end))
+    else:
+        path = Path(pattern).expanduser()
+        found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.is_file() else []
     if not found:
         raise ValueError(
-            f"data: expected a tar file, a folder of them or a name with {{000..146}}, got {path}"
+            f"data: expected a tar file, a folder of them or a name with {{000..146}}, got {pattern}"
         )
     return found
 
@@ -84,7 +85,8 @@ def index(paths: Sequence[Path], suffixes: set[str]) -> tuple[Shards, Tensor | N
         ValueError: no shard is an uncompressed tar file, or a class is no number.
     """
     rows: list[tuple[int, int, int, bytes]] = []
-    problem: Exception | None = None
+    problem: tuple[Path, Exception] | None = None
+    links = 0
     classes: list[int | None] = []
     for shard, path in enumerate(paths):
         at: dict[str, int] = {}  # of each sample's image in rows
@@ -92,29 +94,47 @@ def index(paths: Sequence[Path], suffixes: set[str]) -> tuple[Shards, Tensor | N
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
+                    links += member.islnk() or member.issym()
                     folder, _, last = member.name.rpartition("/")
                     stem, dot, kind = last.partition(".")
                     key = f"{folder}/{stem}"
-                    if not member.isreg() or not dot:
+                    if not member.isreg() or not dot or not stem:
                         continue
                     if kind == "cls":
                         known[key] = _class(path, member, tar)
                     elif f".{kind.rpartition('.')[2].lower()}" in suffixes and key not in at:
                         at[key] = len(rows)
                         rows.append((shard, member.offset_data, member.size, os.fsencode(member.name)))
+                _check_end(path, tar.offset)
         except (tarfile.TarError, OSError) as error:
-            problem = error
+            problem = problem or (path, error)
             tell(f"{path} is not a whole uncompressed tar file, {len(at)} images of it are used: {error}")
         classes += [known.get(key) for key in at]
     if problem and not rows:
-        raise ValueError(f"data: {paths[-1]} is not an uncompressed tar file: {problem}") from problem
+        path, why = problem
+        raise ValueError(f"data: {path} is not an uncompressed tar file: {why}") from why
+    if links:
+        tell(f"data: {links} links in the shards are left out")
     columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
     shards = Shards(
         list(paths), np.array(columns[0], np.int32), np.array(columns[1], np.int64),
         np.array(columns[2], np.int64), np.array(columns[3], np.bytes_),
     )  # fmt: skip
-    whole = classes and all(label is not None for label in classes)
-    return shards, torch.tensor(classes) if whole else None
+    known_classes = [label for label in classes if label is not None]
+    if 0 < len(known_classes) < len(rows):
+        tell(f"data: {len(rows) - len(known_classes)} of {len(rows)} images have no .cls: no labels are used")
+    return shards, torch.tensor(known_classes) if len(known_classes) == len(rows) else None
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """A reader takes a broken header for the end, but nothing except zeros follows a true one."""
+    with open(path, "rb") as file:
+        if file.seek(0, 2) < offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends without a mark")
+        file.seek(offset)
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"a broken header at byte {offset}")
 
 
 def _class(path: Path, member: tarfile.TarInfo, tar: tarfile.TarFile) -> int:
@@ -125,6 +145,6 @@ def _class(path: Path, member: tarfile.TarInfo, tar: tarfile.TarFile) -> int:
         number = int(text)
     except ValueError:
         number = -1
-    if number < 0:
+    if not 0 <= number < 1 << 31:
         raise ValueError(f"data: expected the number of a class in {member.name} of {path}, got {text!r}")
     return number
