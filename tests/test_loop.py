@@ -1,5 +1,6 @@
 """The loop: what it asks of a method, precisions, no reads from the device, what it tells."""
 
+import csv
 import io
 import re
 import sys
@@ -219,7 +220,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.calls, self.rows, self.finished = [], [], 0
+        self.calls, self.rows, self.finished = [], [], []
 
     def init(self, **options):
         self.calls.append(options)
@@ -228,8 +229,8 @@ class FakeWandb(types.ModuleType):
     def log(self, row, step):
         self.rows.append((step, row))
 
-    def finish(self):
-        self.finished += 1
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
 
 
 def test_weights_and_biases_where_they_are_installed(images, tmp_path, monkeypatch, interrupt):
@@ -245,14 +246,53 @@ def test_weights_and_biases_where_they_are_installed(images, tmp_path, monkeypat
     first, second = fake.calls
     assert first["id"] == second["id"] and first["resume"] == "allow" and first["project"] == "digits"
     assert first["config"]["method"] == "simclr" and first["config"]["epochs"] == 3
-    assert [step for step, _ in fake.rows] == [1, 2, 3] and fake.finished == 2
+    assert [step for step, _ in fake.rows] == [1, 2, 3] and fake.finished == [1, 0]
     assert {"loss", "learning_rate", "time_loss"} <= set(fake.rows[0][1])
     loop.train("simclr", config(tmp_path / "other", images))
     assert len(fake.calls) == 2
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    sys.modules["wandb"].__path__ = ["a folder"]
+    with pytest.raises(ValueError, match="^wandb: needs the package wandb, found"):
+        loop.train("simclr", config(tmp_path / "third", images, wandb="digits"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="^wandb: needs the package wandb"):
         loop.train("simclr", config(tmp_path / "third", images, wandb="digits"))
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("what", ["init", "log", "finish"])
+def test_weights_and_biases_stop_no_run(what, images, tmp_path, monkeypatch, capsys):
+    fake = FakeWandb()
+
+    def failing(**_):
+        raise RuntimeError("not logged in")
+
+    setattr(fake, what, failing if what != "log" else lambda *_, **__: failing())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = config(tmp_path / "run", images, wandb="digits")
+    loop.train("simclr", cfg)
+    assert capsys.readouterr().out.count("Weights & Biases: RuntimeError: not logged in") == 1
+    assert len(timeless(cfg)) == 3 and weights(cfg)
+
+
+def test_only_training_is_timed(class_folder, tmp_path, monkeypatch):
+    """Not the kNN accuracy, checkpoints, what is drawn, or what precedes the first update."""
+
+    def slowed(function):
+        def slow(*args, **kwargs):
+            time.sleep(1.5)
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(loop.evaluate, "online_knn", slowed(loop.evaluate.online_knn))
+    monkeypatch.setattr(loop.Run, "save", slowed(loop.Run.save))
+    monkeypatch.setattr(log_module.report, "pictures", slowed(log_module.report.pictures))
+    monkeypatch.setattr(log_module, "_tensorboard", slowed(log_module._tensorboard))
+    cfg = config(tmp_path / "run", f"folder:{class_folder}", image_size=16, knn_every=1, epochs=2)
+    loop.train("simclr", cfg)
+    for row in csv.DictReader((cfg.out / "metrics.csv").open()):
+        assert float(row["seconds"]) < 1.4 and float(row["time_forward"]) > 0.05
 
 
 def test_tensorboard_has_each_epoch_once(images, tmp_path, monkeypatch, interrupt):
