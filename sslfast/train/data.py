@@ -96,6 +96,11 @@ class Decoded:
                 self.reported.add(index)
                 tell(f"skipped {self.pictures.name(index)}: {problem}")
 
+    def tell_count(self) -> None:
+        """Of those reported, once all images were looked at."""
+        if self.reported:
+            tell(f"{len(self.reported)} of {len(self)} images could not be read")
+
 
 def tell(line: str) -> None:
     """By the first process alone, which sees all images in the end: the evaluation takes every one."""
@@ -195,8 +200,7 @@ def image_set(pictures: Pictures, labels: Tensor | None, size: int, memory: int)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes and resizes without the GIL
         results = list(pool.map(partial(_attempt, decoded), range(len(pictures))))
     decoded.report([(i, result) for i, result in enumerate(results) if isinstance(result, str)])
-    if decoded.reported:
-        tell(f"{len(decoded.reported)} of {len(pictures)} images could not be read")
+    decoded.tell_count()
     kept = {i: result for i, result in enumerate(results) if isinstance(result, Tensor)}
     images = torch.stack(list(kept.values())) if kept else torch.empty(0, 3, size, size).byte()
     return ImageSet(images, None if labels is None else labels[list(kept)])

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sslfast.train import checkpoint, finetuning, loop, processes, report
 from sslfast.train.config import TrainConfig
-from sslfast.train.data import Dataset, ImageSet
+from sslfast.train.data import Dataset, Decoded, ImageSet
 from sslfast.train.run import CHECKPOINT, FEATURES, NEIGHBOURS, WEIGHTS
 
 K, TEMPERATURE = 20, 0.07  # DINO's kNN
@@ -42,6 +42,9 @@ def run(
     model = loop.build(method, cfg, channels, size)
     sets = (dataset.train, dataset.test)
     untrained = features(model.encoder, sets, device, cfg.workers)
+    for images in (part.images for part in sets):
+        if isinstance(images, Decoded):
+            images.tell_count()
     try:
         state = weights(cfg.out)
         model.load_state_dict(state)
@@ -51,7 +54,6 @@ def run(
     pixels = features(Pixels(), sets, device, cfg.workers)
     if len(dataset.test):
         report.neighbours(dataset, trained, cfg.out / NEIGHBOURS)
-    keep_features(dataset, trained, cfg.out / FEATURES)
     others = model.show(dataset.test if len(dataset.test) else dataset.train, cfg.out, device)
     for name, of in others.items():
         print(f"{name}: " + ", ".join(f"{what} {values[0]:.4g}" for what, values in of.items()))
@@ -76,15 +78,18 @@ def run(
     results.update(others)
     if results:
         (cfg.out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    keep_features(dataset, trained, cfg.out / FEATURES)
     return results
 
 
 def keep_features(dataset: Dataset, features: Features, path: Path) -> None:
     """What a report draws a map of: features of some test images, or of training images where there are
-    none, and their labels."""
+    none, and their labels. None if they are not finite."""
     images, x = (dataset.test, features[1]) if len(dataset.test) else (dataset.train, features[0])
     rows = torch.linspace(0, len(x) - 1, min(KEPT[0], len(x))).long()
     x = F.normalize(x[rows], dim=1).double()
+    if not x.isfinite().all():
+        return
     x = x - x.mean(0)
     directions = torch.linalg.svd(x, full_matrices=False)[2][: KEPT[1]]
     kept = {"features": (x @ directions.T).float()}

@@ -2,12 +2,16 @@
 
 import base64
 import csv
+import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from sslfast.train.budget import PHASES
 from sslfast.train.checkpoint import write_text
@@ -29,6 +33,7 @@ PICTURES = {
     ),
     RECONSTRUCTION: ("Reconstruction", "What the network sees, what it makes of it, and the image."),
 }
+PICTURES_BYTES = 5 << 20  # of a page, which base64 makes a third more
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px;
   margin: 2em auto; padding: 0 1em }
@@ -57,7 +62,7 @@ class Record:
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes the page, and its plots as PNGs into a folder of the same name beside it; returns its path.
+    """Writes the page, and its plots as PNGs into the folder NAME-plots beside it; returns its path.
 
     Args:
         runs: folders of runs, also unfinished ones; a part that is not there is left out.
@@ -71,22 +76,32 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = records[0].path / REPORT if len(records) == 1 else Path(REPORT)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"out: expected a file .html, got {out}")
-    plots = out.with_suffix("")
-    plots.mkdir(parents=True, exist_ok=True)
     sections: list[tuple[str, str]] = []
     if results := _results(records):
         sections.append(("Accuracy", results))
+    from matplotlib import rc_context
+
+    plots: dict[str, bytes] = {}
     for title, file, caption, draw in PLOTS:
-        (plots / file).unlink(missing_ok=True)
-        if draw(records, plots / file):
-            sections.append((title, _figure(plots / file, caption)))
+        drawn = io.BytesIO()
+        with rc_context({"text.parse_math": False}):  # names are text
+            if draw(records, drawn):
+                plots[file] = drawn.getvalue()
+                sections.append((title, _figure(file, plots[file], caption)))
     for file, (title, caption) in PICTURES.items():
         shown = [(record, record.path / file) for record in records if (record.path / file).is_file()]
-        if figures := [_figure(path, f"{_of(record, records)}{caption}") for record, path in shown]:
+        told = [(record, _smaller(path.read_bytes(), len(records))) for record, path in shown]
+        if figures := [_figure(file, data, f"{_of(record, records)}{caption}") for record, data in told]:
             sections.append((title, "".join(figures)))
     if not sections:
         raise ValueError(f"run: expected metrics.csv or pictures, found none in {records[0].path}")
     sections.append(("Options", _options(records)))
+    folder = out.with_name(f"{out.stem}-plots")
+    folder.mkdir(parents=True, exist_ok=True)
+    for _, file, _, _ in PLOTS:
+        (folder / file).unlink(missing_ok=True)
+    for file, data in plots.items():
+        (folder / file).write_bytes(data)
     write_text(out, _page(" and ".join(record.name for record in records), records, sections))
     return out
 
@@ -99,18 +114,27 @@ def _records(runs: Sequence[Path]) -> list[Record]:
     full = [path.resolve() for path in paths]
     short = [path.name for path in full]
     alike = len(set(short)) < len(short)
-    return [_record(path, str(path) if alike else name) for path, name in zip(paths, short, strict=True)]
+    return [
+        _record(path, _text(str(path) if alike else name)) for path, name in zip(paths, short, strict=True)
+    ]
+
+
+def _text(name: Any) -> str:
+    """A name, which may be of any bytes, as text that can be written."""
+    return os.fsencode(str(name)).decode("utf-8", "replace")
 
 
 def _record(path: Path, name: str) -> Record:
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = dict(json.loads((path / "config.json").read_text()).items())
         metrics, results = path / "metrics.csv", path / "evaluation.json"
-        rows = list(csv.DictReader(metrics.open(newline=""))) if metrics.is_file() else []
+        rows = csv.DictReader(io.StringIO(metrics.read_text() if metrics.is_file() else ""))
         numbers = [{k: float(v) for k, v in row.items() if v} for row in rows]
-        return Record(
-            path, name, config, numbers, json.loads(results.read_text()) if results.is_file() else {}
-        )
+        measured = {
+            what: {source: [float(x) for x in draws] for source, draws in by_source.items()}
+            for what, by_source in (json.loads(results.read_text()) if results.is_file() else {}).items()
+        }
+        return Record(path, name, config, [row for row in numbers if "epoch" in row], measured)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"run: {path} is not the folder of a run that this version knows: {error}"
@@ -121,7 +145,7 @@ def _record(path: Path, name: str) -> Record:
 
 
 def _lines(
-    records: Sequence[Record], columns: dict[str, str], path: Path, logarithmic: Sequence[str] = ()
+    records: Sequence[Record], columns: dict[str, str], file: IO[bytes], logarithmic: Sequence[str] = ()
 ) -> bool:
     """A plot for each column that some run has, over the epochs, a line for each run."""
     from matplotlib.figure import Figure
@@ -134,45 +158,47 @@ def _lines(
     down = -(-len(shown) // across)
     figure = Figure(figsize=(5.2 * across, 3.2 * down), layout="constrained")
     for name, axes in zip(shown, figure.subplots(down, across, squeeze=False).flat, strict=False):
+        named = []
         for record in records:
             epochs, values = record.column(name)
             if epochs:
-                axes.plot(epochs, values, marker="." if len(epochs) < 60 else None, label=record.name)
+                named.append(record.name)
+                axes.plot(epochs, values, marker="." if len(epochs) < 60 else None)
         axes.set_title(columns[name], fontsize=9, loc="left")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if name in logarithmic and all(y > 0 for record in records for y in record.column(name)[1]):
             axes.set_yscale("log")
-        if len(records) > 1:
-            axes.legend(fontsize=8)
+        if len(records) > 1:  # names are given, since one that begins with _ would be left out
+            axes.legend(axes.lines, named, fontsize=8)
     for axes in figure.axes[len(shown) :]:
         axes.remove()
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, dpi=110, format="png")
     return True
 
 
-def _loss(records: Sequence[Record], path: Path) -> bool:
-    known = {"epoch", "loss", "learning_rate", "knn", "images_per_second", "seconds", *COLLAPSE}
+def _loss(records: Sequence[Record], file: IO[bytes]) -> bool:
+    known = {"epoch", "loss", "learning_rate", "knn", "images_per_second", "seconds", "data_wait", *COLLAPSE}
     names = {name: None for record in records for row in record.rows for name in row}
     others = [name for name in names if name not in known and not name.startswith("time_")]
     columns = {"loss": "loss", "learning_rate": "learning rate at the end of the epoch"}
-    return _lines(records, columns | {name: name.replace("_", " ") for name in others}, path)
+    return _lines(records, columns | {name: name.replace("_", " ") for name in others}, file)
 
 
-def _knn(records: Sequence[Record], path: Path) -> bool:
-    return _lines(records, {"knn": "kNN accuracy on the test images"}, path)
+def _knn(records: Sequence[Record], file: IO[bytes]) -> bool:
+    return _lines(records, {"knn": "kNN accuracy on the test images"}, file)
 
 
-def _collapse(records: Sequence[Record], path: Path) -> bool:
-    return _lines(records, COLLAPSE, path, logarithmic=("feature_std",))
+def _collapse(records: Sequence[Record], file: IO[bytes]) -> bool:
+    return _lines(records, COLLAPSE, file, logarithmic=("feature_std",))
 
 
-def _speed(records: Sequence[Record], path: Path) -> bool:
-    return _lines(records, {"images_per_second": "images per second"}, path)
+def _speed(records: Sequence[Record], file: IO[bytes]) -> bool:
+    return _lines(records, {"images_per_second": "images per second"}, file)
 
 
-def _time(records: Sequence[Record], path: Path) -> bool:
+def _time(records: Sequence[Record], file: IO[bytes]) -> bool:
     """A bar for each run: the share that each phase had of the time of all epochs."""
     from matplotlib.figure import Figure
 
@@ -185,9 +211,9 @@ def _time(records: Sequence[Record], path: Path) -> bool:
     for i, phase in enumerate(PHASES):
         shares = []
         for record in timed:
-            rows = [row for row in record.rows if "time_forward" in row]
-            whole = sum(row["seconds"] for row in rows) or 1.0
-            shares.append(sum(row[f"time_{phase}"] * row["seconds"] for row in rows) / whole)
+            rows = [(row.get("seconds", 1.0), row) for row in record.rows if "time_forward" in row]
+            whole = sum(seconds for seconds, _ in rows) or 1.0
+            shares.append(sum(seconds * row.get(f"time_{phase}", 0.0) for seconds, row in rows) / whole)
         axes.barh([record.name for record in timed], shares, left=begin, label=phase, color=f"C{i}")
         for j, share in enumerate(shares):
             if share >= 0.03:
@@ -197,11 +223,11 @@ def _time(records: Sequence[Record], path: Path) -> bool:
     axes.set(xlim=(0, max(1.0, *begin)), xticks=[])
     axes.invert_yaxis()
     axes.legend(ncols=len(PHASES), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, dpi=110, format="png")
     return True
 
 
-def _map(records: Sequence[Record], path: Path) -> bool:
+def _map(records: Sequence[Record], file: IO[bytes]) -> bool:
     """t-SNE (van der Maaten and Hinton 2008) of the test images' features, a panel for each run."""
     from matplotlib.figure import Figure
     from safetensors import SafetensorError, safe_open
@@ -209,14 +235,13 @@ def _map(records: Sequence[Record], path: Path) -> bool:
     found = []
     for record in records:
         try:
-            with safe_open(record.path / FEATURES, "np") as file:
-                keys = set(file.keys())
-                labels = file.get_tensor("labels") if "labels" in keys else None
-                classes = json.loads((file.metadata() or {}).get("classes", "[]"))
-                found.append((record.name, file.get_tensor("features"), labels, classes))
+            with safe_open(record.path / FEATURES, "np") as kept:
+                labels = kept.get_tensor("labels") if "labels" in set(kept.keys()) else None
+                classes = json.loads((kept.metadata() or {}).get("classes", "[]"))
+                found.append((record.name, kept.get_tensor("features"), labels, classes))
         except (OSError, SafetensorError):
             continue
-    found = [each for each in found if len(each[1]) >= 10]
+    found = [each for each in found if _can_be_mapped(each[1])]
     if not found:
         return False
     from sklearn.manifold import TSNE
@@ -235,18 +260,24 @@ def _map(records: Sequence[Record], path: Path) -> bool:
         if labels is not None and not many:
             handles, _ = dots.legend_elements(num=None)
             shown = sorted(set(labels.tolist()))
-            names = [str(classes[i]) if i < len(classes) else str(i) for i in shown]
+            names = [_text(classes[i]) if i < len(classes) else str(i) for i in shown]
             axes.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.set(xticks=[], yticks=[])
         if len(found) > 1:
             axes.set_title(name, fontsize=9, loc="left")
     for axes in figure.axes[len(found) :]:
         axes.remove()
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, dpi=110, format="png")
     return True
 
 
-PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[Record], Path], bool]], ...] = (
+def _can_be_mapped(features: np.ndarray) -> bool:
+    """Not those of a collapsed run, which are one point."""
+    large = features.ndim == 2 and features.shape[0] >= 10 and features.shape[1] >= 2
+    return bool(large and np.isfinite(features).all() and np.ptp(features, 0).max() > 1e-6)
+
+
+PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[Record], IO[bytes]], bool]], ...] = (
     ("Loss", "loss.png", "Means of each epoch.", _loss),
     ("Accuracy over time", "knn.png", "Weighted nearest neighbours, as the run measured it.", _knn),
     ("Collapse monitor", "collapse.png", "Of the L2-normalised embeddings of each epoch.", _collapse),
@@ -303,12 +334,25 @@ def _options(records: Sequence[Record]) -> str:
     return f"{first}<details><summary>{len(same)} options</summary>{table(same)}</details>"
 
 
-def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+def _figure(file: str, data: bytes, caption: str) -> str:
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(path.stem)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" '
+        f'alt="{escape(Path(file).stem)}"><figcaption>{escape(caption)}</figcaption></figure>'
     )
+
+
+def _smaller(data: bytes, runs: int) -> bytes:
+    """A picture as it is in the page: if it is too large a JPEG, of ever fewer pixels, so that all of them
+    stay within PICTURES_BYTES."""
+    from PIL import Image
+
+    most, image = PICTURES_BYTES // (len(PICTURES) * runs), Image.open(io.BytesIO(data)).convert("RGB")
+    while len(data) > most and min(image.size) > 100:
+        file = io.BytesIO()
+        image.save(file, "jpeg", quality=85)
+        data, image = file.getvalue(), image.reduce(2)
+    return data
 
 
 def _of(record: Record, records: Sequence[Record]) -> str:
@@ -320,7 +364,7 @@ def _page(title: str, records: Sequence[Record], sections: Sequence[tuple[str, s
     for record in records:
         config, epochs = record.config, len(record.rows)
         text = f"{record.name}: {config.get('method')} on {config.get('data')}, {config.get('backbone')}"
-        told.append(f"<p class=note>{escape(text)}, {epochs} of {config.get('epochs')} epochs</p>")
+        told.append(f"<p class=note>{escape(_text(text))}, {epochs} of {config.get('epochs')} epochs</p>")
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
     body = "".join(f'<h2 id="{_anchor(name)}">{escape(name)}</h2>{html}' for name, html in sections)
     return (

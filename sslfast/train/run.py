@@ -19,7 +19,7 @@ FILES = (
     *(CHECKPOINT, WEIGHTS, "metrics.csv", "evaluation.json", FEATURES, REPORT, "loss.png", VIEWS, NEIGHBOURS),
     *(RECONSTRUCTION, ATTENTION, COMPONENTS, "config.json"),
 )
-FOLDERS = ("tensorboard", "report", "wandb")
+FOLDERS = ("tensorboard", "report-plots", "wandb")
 REMAINS = tuple(f"{name}.tmp" for name in FILES)  # of a process that was killed while it wrote
 
 
