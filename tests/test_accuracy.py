@@ -67,10 +67,10 @@ PHOTOS = "--data photos --image-size 48 --patch-size 12 --mask-ratio 0.5 --clip-
 MAE = [("--data mnist5k --patch-size 7", 25), (PHOTOS, 20)]
 
 
-@pytest.mark.parametrize("options, epochs, few, nearest", [(*MAE[0], 0.15, 0.12), (*MAE[1], 0.05, 0.10)])
+@pytest.mark.parametrize("options, epochs, few, nearest", [(*MAE[0], 0.15, 0.12), (*MAE[1], 0.08, 0.10)])
 def test_mae_learns(options, epochs, few, nearest, tmp_path):
     """few, nearest: what 10 labels per class and kNN gain at least over the untrained encoder. On the
-    photographs 10 labels per class gain 0.03 to 0.09, by the seed; kNN tells more reliably."""
+    photographs 10 labels per class vary by some hundredths with the seed, kNN by less."""
     out = tmp_path / "run"
     accuracy, seconds, printed = train(out, "mae", *options.split(), "--epochs", str(epochs))
     untrained = float(re.search(r"^10 labels per class: .* untrained encoder (0\.\d+)", printed, re.M)[1])

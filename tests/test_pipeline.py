@@ -113,8 +113,8 @@ def check(folder: Path, count: int, epochs: int) -> None:
     assert printed.count("skipped") == BROKEN == sum(map(int, counts))
     for name in ("cut.jpg", "text.jpg", "spacer.jpg", "bomb.png", "gone.jpg"):
         assert len(re.findall(rf"^skipped .*{name}: ", printed, re.M)) == 1
-    # the first checkpoint is written after the first of these
-    assert len(memory) == epochs and memory[-1] < 1.05 * memory[1] + (16 << 20)
+    # the first checkpoint follows the first of these, and at the last the workers have nothing left to do
+    assert len(memory) == epochs and memory[-2] < 1.02 * memory[1] + (8 << 20)
 
     process = start(folder, data, "killed", "--epochs", str(epochs))
     steps = int(re.search(r"epochs of (\d+)\s+steps", printed)[1])
@@ -130,9 +130,9 @@ def check(folder: Path, count: int, epochs: int) -> None:
 
 
 def test_files_are_decoded_while_the_run_trains(tmp_path):
-    check(tmp_path, 900, epochs=3)
+    check(tmp_path, 900, epochs=4)
 
 
 @pytest.mark.accuracy
 def test_10_000_files_are_decoded_while_the_run_trains(tmp_path):
-    check(tmp_path, 10_000, epochs=3)
+    check(tmp_path, 10_000, epochs=4)
