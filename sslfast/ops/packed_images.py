@@ -65,6 +65,14 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def __getitem__(self, rows: Tensor | slice) -> "PackedImages":
+        """Some of the images, in the same data."""
+        return PackedImages(self.data, self.offsets[rows], self.sizes[rows], self.channels)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedImages":
         data, offsets, sizes = (
             x.to(device, non_blocking=non_blocking) for x in (self.data, self.offsets, self.sizes)

@@ -35,6 +35,19 @@ class ViewParams:
 
     table: Tensor
 
+    @classmethod
+    def unchanged(cls, sizes: Tensor, views: int = 1) -> "ViewParams":
+        """For `views` views of whole images of these sizes, int64 [B, 2], that are resized and nothing else,
+        such as those a network is evaluated on; write other rectangles to `crop`."""
+        check_tensor("sizes", sizes, (torch.int64,), (None, 2))
+        params = cls(torch.zeros(views, len(sizes), WIDTH, device=sizes.device))
+        params.crop[..., 2:] = sizes
+        params.order.fill_(_ORDERS[0])
+        params.jitter[..., :3] = 1
+        params.solarize_threshold.fill_(math.inf)
+        params.affine[..., ::4] = 1
+        return params
+
     @property
     def crop(self) -> Tensor:
         """[V, B, 4]: top, left, height and width in pixels of the image"""

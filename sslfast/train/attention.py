@@ -24,8 +24,7 @@ def show(encoder: nn.Module, images: ImageSet, out: Path, device: torch.device) 
     if not isinstance(encoder, ViT) or not len(images):
         return {}
     rows = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
-    (batch,) = images.batches((rows,), device)
-    pixels = batch.float() / 255
+    (pixels,) = images.squares((rows,), device)
     grid, patch = encoder.grid_of(*pixels.shape[-2:]), encoder.patch_size
 
     maps = encoder.last_attention(pixels)[:, :, 0, 1:].unflatten(2, grid)  # [N, heads, h, w]

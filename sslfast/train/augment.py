@@ -7,26 +7,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.ops import augment_views, view_specs
-from sslfast.ops.view_specs import PRESETS, ViewSpec
+from sslfast.ops import PackedImages, ViewParams, ViewSpec, augment_views, view_specs
+from sslfast.ops.view_specs import PRESETS
 
 PRETRAINING, FINETUNING = 0, 1  # each has views of its own
 
 
 @dataclass(frozen=True)
 class Views:
-    """Maps uint8 images [B, C, H, W] to a float32 view of each spec, [B, C, h, w] in channels_last."""
+    """Maps B images to a float32 view of each spec, [B, C, h, w] in channels_last."""
 
     specs: tuple[ViewSpec, ...]
 
     def __call__(
-        self, images: Tensor, ids: Tensor | None = None, seed: int | None = None
+        self, images: Tensor | PackedImages, ids: Tensor | None = None, seed: int | None = None
     ) -> tuple[Tensor, ...]:
         """An image's views depend on its id, int64 [B], by default its place in the batch, and on the seed,
         by default a number that the device's generator gives."""
         generator = None if seed is None else torch.Generator(images.device).manual_seed(seed)
         views = augment_views(images, self.specs, ids=ids, generator=generator)
         return tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
+
+
+def squares(images: Tensor | PackedImages, size: int) -> Tensor:
+    """Images as they are: float32 [B, C, H, W] in [0, 1]; of packed ones the square in the middle, scaled to
+    `size` pixels a side (bicubic)."""
+    if isinstance(images, Tensor):
+        return images.float() / 255
+    side = images.sizes.amin(1, keepdim=True)
+    params = ViewParams.unchanged(images.sizes)
+    params.crop.copy_(torch.cat([(images.sizes - side) // 2, side, side], dim=1))
+    spec = ViewSpec(size, crop_scale=None, flip_prob=0.0, interpolation="bicubic")
+    (views,) = augment_views(images, (spec,), params=params)
+    return views
 
 
 def epoch_seed(seed: int, epoch: int, stream: int = PRETRAINING) -> int:

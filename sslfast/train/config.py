@@ -42,7 +42,8 @@ class TrainConfig:
     positions: Literal["learned", "fixed"] = "learned"
     """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
-    """Side in pixels of the images; mnist5k and npz keep theirs."""
+    """Side in pixels of views and of the images that are evaluated; mnist5k and npz keep theirs. Files are
+    kept whole with at most 8/7 of it on the shorter side."""
     augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "dino", "mae", "mnist"] = "auto"
     """The recipe of a paper, or mnist; auto: mnist for mnist5k, otherwise the method's own."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"

@@ -3,7 +3,7 @@
 import os
 import signal
 import zlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sslfast.ops import PackedImages, pack_images
+from sslfast.train.augment import squares
 from sslfast.train.processes import rank
 
 TEST_EVERY = 5
 LEAST = 8
 """Pixels of a side: anything smaller is a spacer, or broken."""
+LONGEST = 4
+"""Shorter sides in a longer one: what exceeds it is cut at both ends."""
+SAMPLED = 64
+"""Images that stand for all others' sizes, and for a data set's fingerprint."""
+
+Images = Tensor | PackedImages
+"""uint8 [B, C, H, W], or images of any sizes"""
 
 
 class Pictures(Protocol):
@@ -37,7 +46,7 @@ class Unreadable(Exception):
 
 
 class Decoded:
-    """Pictures as uint8 [3, size, size]: shorter side to `size` (bicubic), centre crop.
+    """Pictures as uint8 [3, H, W], whole, the shorter side at most 8/7 of `size` (256 of 224; bicubic).
 
     A picture that cannot be read is reported once and gives its successor in its place, so that batches keep
     their size whatever turns up in the middle of a run.
@@ -62,7 +71,8 @@ class Decoded:
 
         try:
             with self.pictures.open(index) as opened:
-                opened.draft("RGB", (self.size, self.size))  # JPEG: a fraction of the size where that will do
+                side = round(self.size * 8 / 7)
+                opened.draft("RGB", (side, side))  # JPEG: a half, a quarter or an eighth, if that is enough
                 if min(opened.size) < LEAST:
                     raise Unreadable(f"expected at least {LEAST} x {LEAST} pixels, got {opened.size}")
                 image = ImageOps.exif_transpose(opened)
@@ -70,8 +80,14 @@ class Decoded:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise Unreadable(f"expected 8 or 16 bits per channel, got Pillow's mode {image.mode}")
-                image = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+                image, shorter = image.convert("RGB"), min(image.size)
+                sides = [min(length, LONGEST * shorter) for length in image.size]
+                small = [max(1, round(n * min(1, side / shorter))) for n in sides]
+                if small != [*image.size]:
+                    left, top = ((n - m) / 2 for n, m in zip(image.size, sides, strict=True))
+                    box = (left, top, left + sides[0], top + sides[1])
+                    image = image.resize(small, Image.Resampling.BICUBIC, box)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
         except (Unreadable, MemoryError):
             raise
         except Exception as error:  # decoders raise all kinds of errors on broken files
@@ -110,10 +126,11 @@ def tell(line: str) -> None:
 
 @dataclass(frozen=True)
 class ImageSet:
-    images: Tensor | Decoded
-    """uint8 [N, C, H, W], or images to decode"""
+    images: Images | Decoded
     labels: Tensor | None
     """int64 [N]"""
+    size: int = 0
+    """pixels of a side of the squares that images of any sizes are evaluated as"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,25 +138,30 @@ class ImageSet:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
-        if isinstance(self.images, Decoded):
-            return 3, self.images.size, self.images.size
+        if not isinstance(self.images, Tensor):
+            return 3, self.size, self.size
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
     def fingerprint(self) -> int:
-        """A checksum of the number of images and of up to 64 of them."""
+        """A checksum of the number of images and of some of them."""
         checksum = len(self)
-        for i in range(0, len(self), max(1, len(self) // 64)):
+        for i in range(0, len(self), max(1, len(self) // SAMPLED)):
             checksum = zlib.crc32(self.image(i).cpu().contiguous().numpy().tobytes(), checksum)
         return checksum
 
     def image(self, index: int) -> Tensor:
         """uint8 [C, H, W]"""
+        if isinstance(self.images, PackedImages):
+            (height, width), begin = self.images.sizes[index].tolist(), int(self.images.offsets[index])
+            pixels = self.images.data[begin : begin + 3 * height * width]
+            return pixels.view(height, width, 3).permute(2, 0, 1)
         return self.images[index][0] if isinstance(self.images, Decoded) else self.images[index]
 
     def to(self, device: torch.device) -> "ImageSet":
         """With images that are in memory moved to the device."""
-        return self if isinstance(self.images, Decoded) else ImageSet(self.images.to(device), self.labels)
+        moved = self.images if isinstance(self.images, Decoded) else self.images.to(device)
+        return ImageSet(moved, self.labels, self.size)
 
     @property
     def device(self) -> torch.device:
@@ -148,9 +170,9 @@ class ImageSet:
 
     def batches(
         self, rows: Iterable[Tensor], device: torch.device, workers: int = 0
-    ) -> Generator[Tensor, None, None]:
-        """The uint8 images [B, C, H, W] of each element of `rows`, on the device. Workers decode ahead, also
-        of what `rows` has not given yet when a batch is taken."""
+    ) -> Generator[Images, None, None]:
+        """The images of each element of `rows`, on the device. Workers decode ahead, also of what `rows` has
+        not given yet when a batch is taken."""
         if not isinstance(self.images, Decoded):
             for part in rows:
                 yield self.images[part.to(self.images.device)].to(device)
@@ -168,6 +190,11 @@ class ImageSet:
             self.images.report(broken)
             yield images.to(device, non_blocking=True)
 
+    def squares(self, rows: Iterable[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+        """As batches, float32 [B, C, H, W] in [0, 1], all of one size: what a network is evaluated on."""
+        for images in self.batches(rows, device, workers):
+            yield squares(images, self.size)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -181,8 +208,8 @@ def in_one_copy(rows: Sequence[Tensor], device: torch.device) -> Sequence[Tensor
     return torch.cat(tuple(rows)).to(device).split([len(part) for part in rows]) if len(rows) else ()
 
 
-def _collate(items: list[tuple[Tensor, list]]) -> tuple[Tensor, list]:
-    return torch.stack([image for image, _ in items]), [entry for _, broken in items for entry in broken]
+def _collate(items: list[tuple[Tensor, list]]) -> tuple[PackedImages, list]:
+    return pack_images([image for image, _ in items]), [entry for _, broken in items for entry in broken]
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -192,18 +219,21 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def image_set(pictures: Pictures, labels: Tensor | None, size: int, memory: int) -> ImageSet:
-    """In memory up to `memory` bytes, without the pictures that cannot be read; above it, decoded
-    later."""
-    decoded = Decoded(pictures, size)
-    if len(pictures) * 3 * size * size > memory:
-        return ImageSet(decoded, labels)
+    """In memory if some of them suggest that all take no more than `memory` bytes, without the pictures that
+    cannot be read; otherwise decoded later. Batches are the same."""
+    decoded, count = Decoded(pictures, size), len(pictures)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes and resizes without the GIL
-        results = list(pool.map(partial(_attempt, decoded), range(len(pictures))))
+        attempt = partial(_attempt, decoded)
+        some = range(0, count, max(1, count // SAMPLED)) if memory else ()
+        sizes = [result.numel() for result in pool.map(attempt, some) if isinstance(result, Tensor)]
+        if not memory or sum(sizes) * count > memory * len(some):
+            return ImageSet(decoded, labels, size)
+        results = list(pool.map(attempt, range(count)))
     decoded.report([(i, result) for i, result in enumerate(results) if isinstance(result, str)])
     decoded.tell_count()
     kept = {i: result for i, result in enumerate(results) if isinstance(result, Tensor)}
-    images = torch.stack(list(kept.values())) if kept else torch.empty(0, 3, size, size).byte()
-    return ImageSet(images, None if labels is None else labels[list(kept)])
+    images = pack_images(list(kept.values()))
+    return ImageSet(images, None if labels is None else labels[list(kept)], size)
 
 
 def _attempt(decoded: Decoded, index: int) -> Tensor | str:

@@ -138,8 +138,7 @@ def features(
     def of(images: ImageSet) -> Tensor:
         own = torch.arange(len(images)).tensor_split(part[1])[part[0]]
         rows = own.split(512) if len(own) else ()
-        batches = images.batches(rows, device, workers)
-        parts = [encoder(batch.float() / 255).float().cpu() for batch in batches]
+        parts = [encoder(batch).float().cpu() for batch in images.squares(rows, device, workers)]
         return torch.cat(parts) if parts else torch.empty(0)
 
     return of(sets[0]), of(sets[1])

@@ -62,7 +62,7 @@ def _accuracy(model: nn.Module, dataset: Dataset, device: torch.device, workers:
     assert labels is not None
     rows = torch.arange(len(labels)).split(512)
     predicted: list[Tensor] = [
-        model(batch.float() / 255).argmax(1).cpu() for batch in dataset.test.batches(rows, device, workers)
+        model(batch).argmax(1).cpu() for batch in dataset.test.squares(rows, device, workers)
     ]
     return (torch.cat(predicted) == labels).float().mean().item()
 

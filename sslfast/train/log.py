@@ -16,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sslfast.train import report
+from sslfast.train.augment import squares
 from sslfast.train.budget import PAUSE, PHASES, Budget
 from sslfast.train.checkpoint import write_text
+from sslfast.train.data import Images
 from sslfast.train.processes import everywhere, processes, rank, summed
 
 SHOWN = 8
@@ -193,11 +195,11 @@ class Log:
         except OSError as error:
             self.console.print(f"[bold red]warning:[/] could not write {what}: {error}", highlight=False)
 
-    def show(self, images: Tensor, views: Sequence[Tensor], name: str) -> None:
-        """Draws some images of a batch, uint8 [B, C, H, W], and the views that are made of each."""
+    def show(self, images: Images, views: Sequence[Tensor], name: str) -> None:
+        """Draws some images of a batch and the views that are made of each."""
         rows = slice(SHOWN)
         titles = ["image", *(f"view {i + 1}" for i in range(len(views)))]
-        columns = [images[rows] / 255, *(view[rows] for view in views)]
+        columns = [squares(images[rows], max(views[0].shape[-2:])), *(view[rows] for view in views)]
         with self.paused(), self._disk_may_be_full(name):
             report.pictures(titles, [x.float().cpu() for x in columns], self.out / name)
 

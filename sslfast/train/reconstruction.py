@@ -35,8 +35,7 @@ def show(
     guesses = ["reconstruction", "visible mean", *(["mean of each patch"] if model.norm_pix else [])]
     generator = torch.Generator(device).manual_seed(0)
     patch, sums, shown = model.encoder.patch_size, torch.zeros(1 + len(guesses), device=device), None
-    for batch in images.batches(torch.arange(min(len(images), 2000)).split(250), device):
-        pixels = batch.float() / 255
+    for pixels in images.squares(torch.arange(min(len(images), 2000)).split(250), device):
         pred, mask, _ = model.reconstruct(pixels, generator)
         target, pred = patchify(pixels, patch), pred.float()
         means = target.mean(2, keepdim=True)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from sslfast.train.data import Dataset
 
+CPU = torch.device("cpu")
+
 
 def loss_curve(rows: list[dict[str, float]], path: Path) -> None:
     """Loss and learning rate over the epochs, as in metrics.csv."""
@@ -39,20 +41,21 @@ def neighbours(
     train, test = (F.normalize(f, dim=1) for f in features)
     queries = torch.linspace(0, len(test) - 1, min(rows, len(test))).long()
     nearest = (test[queries] @ train.T).topk(min(columns, len(train)), dim=1).indices
-    channels, height, width = dataset.train.shape
+    _, height, width = dataset.train.shape
     gap = 1 + width // 16
     cell = width + gap  # a row is its query, an empty half cell, and the neighbours
-    canvas = torch.full(
-        (len(queries) * (height + gap), nearest.shape[1] * cell + cell + cell // 2, 3), 255
-    ).byte()
+    canvas = torch.ones(len(queries) * (height + gap), nearest.shape[1] * cell + cell + cell // 2, 3)
     figure = Figure(
         figsize=(0.7 * canvas.shape[1] / cell, 0.7 * canvas.shape[0] / cell + 0.4), layout="constrained"
     )
     axes = figure.subplots()
-    for i, (query, found) in enumerate(zip(queries.tolist(), nearest.tolist(), strict=True)):
-        for j, picture in enumerate([dataset.test.image(query), *map(dataset.train.image, found)]):
+    rows_of = zip(queries.tolist(), nearest.tolist(), strict=True)
+    tests = dataset.test.squares(queries[:, None], CPU)
+    trains = dataset.train.squares(nearest, CPU)
+    for i, ((query, found), first, others) in enumerate(zip(rows_of, tests, trains, strict=True)):
+        for j, picture in enumerate([*first, *others]):
             top, left = i * (height + gap), j * cell + (cell // 2 if j else 0)
-            pixels = picture.expand(3, -1, -1) if channels == 1 else picture[:3]
+            pixels = picture.expand(3, -1, -1)[:3] if len(picture) == 1 else picture[:3]
             canvas[top : top + height, left : left + width] = pixels.permute(1, 2, 0)
             if j and _differ(dataset, query, found[j - 1]):
                 corner = (left - 0.5 - gap / 4, top - 0.5 - gap / 4)

@@ -39,8 +39,8 @@ def load(spec: str, image_size: int, memory: int = 4 << 30) -> Dataset:
     """The data set named by `spec`.
 
     Args:
-        spec: one of SPECS. mnist5k and npz keep their own size; all others become squares of image_size
-        pixels.
+        spec: one of SPECS. mnist5k and npz keep their own size.
+        image_size: side in pixels of views, and of the squares that images are evaluated as.
         memory: bytes of decoded images up to which they are kept; others are decoded in every epoch.
 
     Raises:
