@@ -43,7 +43,7 @@ class TrainConfig:
     """Of a ViT; fixed: sine and cosine."""
     image_size: int = 64
     """Side in pixels of views and of the images that are evaluated; mnist5k and npz keep theirs. Files are
-    kept whole with at most 8/7 of it on the shorter side."""
+    kept whole, but with less than 16/7 of it on the shorter side."""
     augment: Literal["auto", "simclr", "byol", "mocov1", "mocov2", "mocov3", "dino", "mae", "mnist"] = "auto"
     """The recipe of a paper, or mnist; auto: mnist for mnist5k, otherwise the method's own."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"

@@ -46,7 +46,8 @@ class Unreadable(Exception):
 
 
 class Decoded:
-    """Pictures as uint8 [3, H, W], whole, the shorter side at most 8/7 of `size` (256 of 224; bicubic).
+    """Pictures as uint8 [3, H, W], whole. Those whose shorter side is twice 8/7 of `size` or more (512 of
+    224) are reduced by a whole number to below that: most of the time here would go into a finer resize.
 
     A picture that cannot be read is reported once and gives its successor in its place, so that batches keep
     their size whatever turns up in the middle of a run.
@@ -80,13 +81,11 @@ class Decoded:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise Unreadable(f"expected 8 or 16 bits per channel, got Pillow's mode {image.mode}")
-                image, shorter = image.convert("RGB"), min(image.size)
+                shorter = min(image.size)
                 sides = [min(length, LONGEST * shorter) for length in image.size]
-                small = [max(1, round(n * min(1, side / shorter))) for n in sides]
-                if small != [*image.size]:
-                    left, top = ((n - m) / 2 for n, m in zip(image.size, sides, strict=True))
-                    box = (left, top, left + sides[0], top + sides[1])
-                    image = image.resize(small, Image.Resampling.BICUBIC, box)
+                left, top = ((n - m) // 2 for n, m in zip(image.size, sides, strict=True))
+                box = (left, top, left + sides[0], top + sides[1])
+                image = image.convert("RGB").reduce(max(1, shorter // side), box)
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1)
         except (Unreadable, MemoryError):
             raise
