@@ -57,7 +57,7 @@ stage "tests" 170 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_b
     tests/test_ema_kernels.py tests/test_patch_mask_kernels.py tests/test_patch_kernels.py \
     tests/test_prototypes_gpu.py tests/test_losses_gpu.py tests/test_interop_gpu.py tests/test_clip.py tests/test_supcon.py \
     tests/test_negative_losses.py tests/test_triplet.py tests/test_linear_cross_entropy.py \
-    tests/test_distributed_blocks.py tests/test_augment_views_gpu.py
+    tests/test_distributed_blocks.py tests/test_augment_views_gpu.py tests/test_budget.py
 stage "EMA" 20 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
 # What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
 stage "masking" 50 "$BIN/python" benchmarks/masking.py --device cuda --seconds 32 --json-out "$RESULTS"

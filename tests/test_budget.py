@@ -1,5 +1,7 @@
 """Where the time of training goes."""
 
+import time
+
 import pytest
 import torch
 
@@ -128,3 +130,30 @@ def test_no_phase_outside_of_training_or_in_compiled_code():
         assert budget.seconds["loss"] == 0
         step(3)
     assert budget.seconds["loss"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_phases_on_a_gpu_add_up_and_nothing_waits_for_them():
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    budget, began = Budget(device), time.perf_counter()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with running(budget):
+            for _ in range(100):
+                with phase("forward"):
+                    x = (x @ x).tanh_()
+                    with phase("loss"):
+                        for _ in range(3):
+                            x = (x @ x).tanh_()
+        given = time.perf_counter() - began
+        budget.shares()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - began
+    shares = budget.shares()
+    assert sum(budget.seconds.values()) == pytest.approx(whole, rel=0.1)
+    assert shares["loss"] == pytest.approx(3 * shares["forward"], rel=0.2) and shares["other"] < 0.05
+    assert given < 0.8 * whole  # otherwise this shows nothing

@@ -72,9 +72,13 @@ def test_shards_with_classes(tmp_path, workers, pattern):
     assert dataset.classes == ("0", "1", "2")
 
 
-def test_a_split_of_their_own(tmp_path):
-    for part, rows in (("train-0", range(8)), ("train-1", range(8, 16)), ("val-0", range(16, 20))):
+@pytest.mark.parametrize(
+    "train, test", [("train-", "val-"), ("pets-train", "pets-validation"), ("Train_", "x.TEST")]
+)
+def test_a_split_of_their_own(tmp_path, train, test):
+    for part, rows in ((f"{train}0", range(8)), (f"{train}1", range(8, 16)), (f"{test}0", range(16, 20))):
         shard(tmp_path / f"{part}.tar", rows)
+    shard(tmp_path / "retrieval-constrain.tar", range(3))  # of neither
     dataset = sources.load(f"webdataset:{tmp_path}", 16)
     assert (len(dataset.train), len(dataset.test)) == (16, 4)
     assert torch.equal(dataset.test.image(3), expected(19, 16))

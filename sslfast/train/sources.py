@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -174,12 +175,12 @@ def _files(root: Path) -> list[tuple[Path, str | None]]:
 def webdataset(name: str, keep: Keep) -> Dataset:
     """Tar shards as WebDataset writes them: `name` as `shards.expand` takes it.
 
-    Of a folder with shards train*.tar and test*.tar or val*.tar the split is theirs; otherwise every fifth
-    image of a class, in the order of the shards, is for testing.
+    Where words in the names of shards begin with train and with test or val, as in pets-train-000.tar, the
+    split is theirs; otherwise every fifth image of a class, in the order of the shards, is for testing.
     """
     paths = shards.expand(name)
-    test = [path for path in paths if path.name.startswith(("test", "val"))]
-    train = [path for path in paths if path.name.startswith("train")]
+    train, test = ([path for path in paths if re.search(rf"(?<![a-z])({word})", path.name.lower())]
+                   for word in ("train", "test|val"))  # fmt: skip
     parts = [train, test] if train and test else [paths]
     indexed = [shards.index(part, IMAGE_SUFFIXES) for part in parts]
     return _split([part for part, _ in indexed], [labels for _, labels in indexed], None, keep)
