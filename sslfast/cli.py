@@ -23,6 +23,12 @@ def doctor() -> None:
     print(doctor.report())
 
 
+def _bencher() -> Callable:
+    from sslfast.bench.run import bench
+
+    return bench
+
+
 def _tune() -> Callable:
     from sslfast.tune import tune
 
@@ -102,6 +108,7 @@ def _parse_and_run(argv: list[str]) -> None:
             run = methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
         return run()
     commands: dict[str, Callable] = {
+        "bench": _bencher(),
         "train": _list_methods,
         "eval": _evaluator(),
         "report": _reporter(),

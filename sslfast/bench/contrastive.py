@@ -1,0 +1,367 @@
+"""Losses of a matrix of similarities, and the ops below them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sslfast
+from sslfast.bench.case import Case, Inputs, Work, wide
+from sslfast.losses.contrastive import ntxent_reference
+from sslfast.ops import guided_lse, pair_products, similarity_bce, similarity_lse
+
+DIM, CLASSES, QUEUE = 128, 100, 65_536
+SIZES, GPU_SIZES = (512, 4096), (4096, 32_768)
+
+
+def rows(count: int, dtype: torch.dtype, device: torch.device, dim: int = DIM) -> Tensor:
+    return torch.randn(count, dim, device=device).to(dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=1).to(x.dtype)
+
+
+def near(x: Tensor) -> Tensor:
+    """Another view of each row: a cosine of about 0.45."""
+    return (0.5 * x.float() + torch.randn_like(x, dtype=torch.float32)).to(x.dtype)
+
+
+def two_views(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    z = rows(size, dtype, device)
+    return {"z1": z, "z2": near(z)}
+
+
+def products(m: int, n: int, dim: int, itemsize: int, forward: float, both: float, backward: bool) -> Work:
+    """`forward` or `both` products of [m, dim] and [n, dim], an exponential of each logit as often as the
+    forward pass makes it (and once more, if the matrix is not kept), rows read, and gradients written."""
+    passes = both if backward else forward
+    exps = m * n * min(forward, 1.0) * (1 + backward)
+    return Work(passes * 2 * m * n * dim, exps, itemsize * dim * (m + n) * (3 if backward else 1))
+
+
+def symmetric(size: int, itemsize: int, backward: bool) -> Work:
+    """NT-Xent on 2 N rows: half of the matrix, then half of it again and the gradient."""
+    m = 2 * size
+    exps = 0.5 * m * m * (1 + backward)
+    return Work(
+        (2.0 if backward else 0.5) * 2 * m * m * DIM, exps, itemsize * DIM * m * (3 if backward else 1)
+    )
+
+
+def pairs_of(forward: float, both: float, dim: int = DIM):
+    return lambda size, itemsize, backward: products(size, size, dim, itemsize, forward, both, backward)
+
+
+# Plain PyTorch.
+
+
+def plain_clip(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits, own = wide(scale * a @ b.T), torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def plain_siglip(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = scale * a @ b.T + bias
+    signs = 2 * torch.eye(len(a), device=a.device, dtype=a.dtype) - 1
+    return -F.logsigmoid(wide(signs * logits)).sum() / len(a)
+
+
+def plain_supcon(features: Tensor, labels: Tensor) -> Tensor:
+    """As SupContrast's losses.py, of one view."""
+    z = F.normalize(features, dim=1)
+    logits = wide(z @ z.T) / 0.1
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(z), device=z.device, dtype=logits.dtype)
+    positives = (labels[:, None] == labels).to(logits.dtype) * others
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    means = (positives * log_prob).sum(1) / positives.sum(1).clamp(min=1)
+    return -(0.1 / 0.07) * means.mean()
+
+
+def plain_triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
+    x = F.normalize(wide(embeddings), dim=1)
+    distances, same = torch.cdist(x, x), labels[:, None] == labels
+    positives = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    far = distances.masked_fill(~positives, -torch.inf).max(1).values
+    close = distances.masked_fill(same, torch.inf).min(1).values
+    some = positives.any(1) & ~same.all(1)
+    return F.relu(far - close + 0.2)[some].mean()
+
+
+def plain_moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """As moco/builder.py: the queue is cloned, since the next batch is written to it, and logits are put side
+    by side."""
+    q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    positive = (q * k).sum(1, keepdim=True)
+    logits = wide(torch.cat([positive, q @ queue.clone().detach().T], dim=1)) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+def plain_info_nce(query: Tensor, key: Tensor) -> Tensor:
+    q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    return F.cross_entropy(wide(q @ k.T) / 0.07, torch.arange(len(q), device=q.device))
+
+
+def plain_byol(prediction: Tensor, target: Tensor) -> Tensor:
+    p, z = F.normalize(wide(prediction), dim=1), F.normalize(wide(target), dim=1)
+    return 2 - 2 * (p * z).sum(1).mean()
+
+
+def plain_dcl(z1: Tensor, z2: Tensor) -> Tensor:
+    """Yeh et al. 2022: without the positive among the negatives."""
+    n, z = len(z1), F.normalize(torch.cat((z1, z2)), dim=1)
+    logits, index = wide(z @ z.T) / 0.1, torch.arange(2 * n, device=z.device)
+    positive = logits[index, index.roll(n)]
+    left_out = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+    return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - positive).mean()
+
+
+def plain_koleo(features: Tensor) -> Tensor:
+    """As DINOv2's koleo_loss.py."""
+    x = F.normalize(wide(features), dim=1)
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)
+    return -torch.log(F.pairwise_distance(x, x[nearest], 2, 1e-8) + 1e-8).mean()
+
+
+# Inputs.
+
+
+def labelled(name: str):
+    def inputs(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+        labels = torch.arange(size, device=device) % min(CLASSES, max(2, size // 4))
+        return {
+            name: (rows(size, torch.float32, device) + rows(size, torch.float32, device)[labels]).to(dtype),
+            "labels": labels,
+        }
+
+    return inputs
+
+
+def towers(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    a = rows(size, dtype, device)
+    return {"a": unit(a), "b": unit(near(a)), "scale": torch.tensor(14.0, device=device)}
+
+
+def queued(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    q = rows(size, dtype, device)
+    return {"query": q, "key": near(q), "queue": unit(rows(QUEUE, dtype, device))}
+
+
+def keyed(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    q = rows(size, dtype, device)
+    return {"query": q, "key": near(q)}
+
+
+def guided(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    a, guide = unit(rows(size, dtype, device)), unit(rows(size, dtype, device))
+    return {
+        "a": a,
+        "b": unit(near(a)),
+        "guide_a": guide,
+        "guide_b": unit(near(guide)),
+        "limit": torch.full((size,), 0.4, device=device, dtype=dtype),
+    }
+
+
+def some_pairs(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    index = torch.randint(size, (2, 4 * size), device=device)
+    return {
+        "x": rows(size, dtype, device),
+        "y": rows(size, dtype, device),
+        "rows": index[0],
+        "columns": index[1],
+    }
+
+
+def unit_rows(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    a = unit(rows(size, dtype, device))
+    return {"a": a, "b": unit(near(a))}
+
+
+def read_and_written(tensors: int, dim: int = DIM):
+    """Of ops that are bound by memory: so many rows of `dim` numbers read, as many gradients written."""
+    return lambda size, itemsize, backward: Work(
+        bytes=size * dim * itemsize * tensors * (3 if backward else 1)
+    )
+
+
+_SIMILARITY: dict[str, Any] = dict(shape=f"{{}} x {DIM}", sizes=SIZES, gpu_sizes=GPU_SIZES)
+_VIEWS: dict[str, Any] = dict(**_SIMILARITY, inputs=two_views, trained=("z1", "z2"))
+_16: dict[str, Any] = dict(tolerance=3.0)  # 16-bit logits of hand-written losses are rounded once more
+
+CASES = (
+    Case(
+        "ntxent_loss",
+        **_VIEWS,
+        work=symmetric,
+        ours=lambda z1, z2: sslfast.ntxent_loss(z1, z2, 0.1),
+        plain=lambda z1, z2: ntxent_reference(z1, z2, 0.1),
+    ),
+    Case(
+        "multiview_ntxent_loss",
+        "4 x {} x 128",
+        SIZES[:1],
+        GPU_SIZES[:1],
+        lambda n, dtype, device: {"views": torch.randn(4, n, DIM, device=device).to(dtype)},
+        ours=lambda views: sslfast.multiview_ntxent_loss(views, 0.1),
+        trained=("views",),
+        work=lambda size, itemsize, backward: symmetric(2 * size, itemsize, backward),
+    ),
+    Case(
+        "info_nce_loss",
+        **_SIMILARITY,
+        inputs=keyed,
+        trained=("query", "key"),
+        work=pairs_of(1, 4),
+        ours=lambda query, key: sslfast.info_nce_loss(query, key),
+        plain=plain_info_nce,
+    ),
+    Case(
+        "moco_loss",
+        "{} x 128, queue of 65,536",
+        (256,),
+        (4096,),
+        queued,
+        trained=("query",),
+        ours=lambda query, key, queue: sslfast.moco_loss(query, key, queue),
+        plain=plain_moco,
+        work=lambda size, itemsize, backward: products(size, QUEUE, DIM, itemsize, 1, 2, backward),
+    ),
+    Case(
+        "nnclr_loss",
+        **_SIMILARITY,
+        trained=("prediction",),
+        work=pairs_of(1, 3),
+        inputs=lambda n, dtype, device: dict(
+            zip(("nearest", "prediction"), keyed(n, dtype, device).values(), strict=True)
+        ),
+        ours=lambda nearest, prediction: sslfast.nnclr_loss(nearest, prediction),
+    ),
+    Case(
+        "clip_loss",
+        **_SIMILARITY,
+        inputs=towers,
+        trained=("a", "b", "scale"),
+        work=pairs_of(1, 4),
+        ours=lambda a, b, scale: sslfast.clip_loss(a, b, scale),
+        plain=plain_clip,
+    ),
+    Case(
+        "siglip_loss",
+        **_SIMILARITY,
+        trained=("a", "b", "scale", "bias"),
+        work=pairs_of(1, 3),
+        inputs=lambda n, dtype, device: (
+            towers(n, dtype, device) | {"bias": torch.tensor(-10.0, device=device)}
+        ),
+        ours=lambda a, b, scale, bias: sslfast.siglip_loss(a, b, scale, bias),
+        plain=plain_siglip,
+    ),
+    Case(
+        "supcon_loss",
+        f"{{}} x {DIM}, {CLASSES} classes",
+        SIZES,
+        GPU_SIZES,
+        labelled("features"),
+        ours=lambda features, labels: sslfast.supcon_loss(features, labels, 0.1, 0.07),
+        plain=plain_supcon,
+        trained=("features",),
+        work=lambda size, itemsize, backward: symmetric(size // 2, itemsize, backward),
+    ),
+    Case("dcl_loss", **_VIEWS, work=symmetric, ours=lambda z1, z2: sslfast.dcl_loss(z1, z2), plain=plain_dcl),
+    Case(
+        "hard_negative_ntxent_loss",
+        **_VIEWS,
+        work=symmetric,
+        ours=lambda z1, z2: sslfast.hard_negative_ntxent_loss(z1, z2),
+    ),
+    Case(
+        "triplet_margin_loss",
+        f"{{}} x {DIM}, {CLASSES} classes",
+        SIZES,
+        GPU_SIZES[:1],
+        labelled("embeddings"),
+        ours=lambda embeddings, labels: sslfast.triplet_margin_loss(embeddings, labels, 0.2),
+        plain=plain_triplet,
+        trained=("embeddings",),
+        variant="hard",
+        dtypes=("float64", "float32"),
+        work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 1, 1, False),
+    ),
+    Case(
+        "koleo_loss",
+        **_SIMILARITY,
+        plain=plain_koleo,
+        trained=("features",),
+        dtypes=("float64", "float32"),
+        inputs=lambda n, dtype, device: {"features": rows(n, dtype, device)},
+        ours=lambda features: sslfast.koleo_loss(features),
+        work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 1, 1, False),
+    ),
+    Case(
+        "byol_loss",
+        "{} x 256",
+        (4096,),
+        (4096,),
+        plain=plain_byol,
+        trained=("prediction",),
+        inputs=lambda n, dtype, device: {
+            "prediction": rows(n, dtype, device, 256),
+            "target": rows(n, dtype, device, 256),
+        },
+        ours=lambda prediction, target: sslfast.byol_loss(prediction, target),
+        work=read_and_written(2, 256),
+    ),
+    Case(
+        "similarity_lse",
+        **_SIMILARITY,
+        inputs=unit_rows,
+        trained=("a", "b"),
+        work=pairs_of(1, 4),
+        ours=lambda a, b: similarity_lse(a, b, scale=10.0),
+    ),
+    Case(
+        "similarity_lse",
+        **_SIMILARITY,
+        inputs=unit_rows,
+        trained=("a", "b"),
+        work=pairs_of(1, 4),
+        ours=lambda a, b: similarity_lse(a, b, scale=10.0, return_cols=True),
+        variant="rows and columns",
+    ),
+    Case(
+        "similarity_bce",
+        **_SIMILARITY,
+        inputs=unit_rows,
+        trained=("a", "b"),
+        work=pairs_of(1, 3),
+        ours=lambda a, b: similarity_bce(a, b, scale=10.0, bias=-10.0, total=True),
+    ),
+    Case(
+        "guided_lse",
+        **_SIMILARITY,
+        inputs=guided,
+        trained=("a", "b"),
+        ours=lambda **x: guided_lse(**x, scale=20.0),
+        plain=lambda a, b, guide_a, guide_b, limit: (
+            (20.0 * wide(a @ b.T)).masked_fill(guide_a @ guide_b.T > limit[:, None], -torch.inf).logsumexp(1)
+        ),
+        dtypes=("float64", "float32"),
+        work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 2, 5, backward),
+    ),
+    Case(
+        "pair_products",
+        "4 pairs of each of {} x 128",
+        (16_384,),
+        (262_144,),
+        some_pairs,
+        trained=("x", "y"),
+        ours=lambda x, y, rows, columns: pair_products(x, y, rows, columns),
+        **_16,
+        plain=lambda x, y, rows, columns: (wide(x)[rows] * wide(y)[columns]).sum(1),
+        work=read_and_written(8),
+    ),
+)

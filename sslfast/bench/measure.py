@@ -1,0 +1,299 @@
+"""Time, memory and errors of the implementations of a case, and what the machine can do."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sslfast
+from sslfast.bench.case import Case, Work, copied, forward, gradients, mapped, upstream_of
+from sslfast.bench.peers import installed
+
+PASSES = ("forward", "forward + backward")
+SAMPLES = 5, 50
+"""Fewest and most of each implementation."""
+SHORTEST = 2e-3
+"""Seconds of a sample: faster calls are timed several at a time."""
+SETS = 2
+"""Of inputs, used in turn: not all of them are in a cache."""
+# Norm of an error over the norm of the truth: of ours and float32 or wider, and of others that round 16-bit
+# logits.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+LENIENT = 5.0
+
+
+# What the machine can do.
+
+
+def ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+    """Rates of large matrix products of each dtype (GFLOP/s), of exponentials (G/s) and of `t.add_(s)` on
+    tensors that no cache holds (GB/s)."""
+    n = 8192 if device.type == "cuda" else 2048
+    products = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        products[str(dtype).removeprefix("torch.")] = (
+            2 * n**3 / _fastest(lambda a=a, b=b: a @ b, device, 15) / 1e9
+        )
+    x = torch.randn(n * n // 16, device=device)
+    y = torch.empty_like(x)
+    exps = x.numel() / _fastest(lambda: torch.exp(x, out=y), device, 50) / 1e9
+    count = 1 << (28 if device.type == "cuda" else 26)
+    t, s = (torch.zeros(count, device=device) for _ in range(2))
+    return {
+        "gflops": products,
+        "exp_gps": exps,
+        "gbps": 12 * count / _fastest(lambda: t.add_(s), device, 15) / 1e9,
+    }
+
+
+def _fastest(call: Callable, device: torch.device, rounds: int) -> float:
+    """Seconds: the median of some calls after some that are not counted."""
+    samples = sorted(seconds(call, device) for _ in range(rounds + 3))
+    return samples[len(samples) // 2]
+
+
+def floor(work: Work, rates: dict[str, Any], dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds that no implementation can save. On a CPU the same units multiply and exponentiate, on a GPU
+    others, so that the longest counts there."""
+    per_second = rates["gflops"][str(dtype).removeprefix("torch.")] * 1e9
+    parts = work.flops / per_second, work.exps / (rates["exp_gps"] * 1e9)
+    busy = max(parts) if device.type == "cuda" else sum(parts)
+    return max(busy, work.bytes / (rates["gbps"] * 1e9))
+
+
+def seconds(call: Callable, device: torch.device, calls: int = 1) -> float:
+    """Of one call, by the device's own clock."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+# Implementations.
+
+
+def implementations(
+    case: Case, backends: Sequence[str], peers: Sequence[str], compiled: bool = True
+) -> dict[str, Callable[..., Any]]:
+    """Ours, once for each of `backends` if there are any; plain PyTorch, also compiled; installed peers."""
+
+    def forced(backend: str) -> Callable[..., Any]:
+        def call(**inputs: Any) -> Any:
+            with sslfast.use_backend(backend):
+                return case.ours(**inputs)
+
+        return call
+
+    found: dict[str, Callable[..., Any]] = {f"sslfast, {name}": forced(name) for name in backends}
+    found = found or {"sslfast": case.ours}
+    found["eager"] = case.eager
+    if compiled and case.compiles and case.plain:
+        found["compile"] = torch.compile(case.plain, dynamic=False)
+    if not case.variant or case.op in ("triplet_margin_loss", "linear_cross_entropy"):
+        found.update(installed(case.op, tuple(peers)))
+    return found
+
+
+# Right results.
+
+
+def results(
+    case: Case, call: Callable, inputs: dict, upstream: list[Tensor] | None = None
+) -> tuple[list, list]:
+    """(outputs, gradients)"""
+    if not case.trained:
+        with torch.no_grad():
+            return forward(case, call, inputs), []
+    out = forward(case, call, inputs)
+    return out, gradients(case, out, inputs, upstream if upstream is not None else upstream_of(out))
+
+
+def truth(case: Case, inputs: dict) -> tuple[list, list]:
+    """In float64, from plain PyTorch."""
+    return results(case, case.eager, copied(case, inputs, torch.float64))
+
+
+def error(found: list, true: list) -> float:
+    """The largest norm of a difference over the norm of the truth; infinite where integers differ."""
+    worst = 0.0
+    flat: list[Tensor] = []
+    others: list[Tensor] = []
+    mapped(flat.append, found)
+    mapped(others.append, true)
+    if len(flat) != len(others):
+        return math.inf
+    for x, t in zip(flat, others, strict=True):
+        if x.shape != t.shape:
+            return math.inf
+        if not t.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(x.to(t.dtype), t) else math.inf)
+            continue
+        size = float(torch.linalg.vector_norm(t.detach()))
+        difference = float(torch.linalg.vector_norm(x.detach().double() - t.detach().double()))
+        worst = max(worst, difference / (size or 1.0)) if math.isfinite(difference) else math.inf
+    return worst
+
+
+def limit(case: Case, name: str, dtype: torch.dtype) -> float:
+    return LIMITS[dtype] * case.tolerance * (1.0 if name.startswith("sslfast") else LENIENT)
+
+
+# Time.
+
+
+def rows(
+    case: Case,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    calls: dict[str, Callable[..., Any]],
+    rates: dict[str, Any],
+    budget: float,
+) -> Iterator[dict[str, Any]]:
+    """One of each implementation and pass: those that are wrong are told, and not timed."""
+    torch._dynamo.reset()
+    sets = [copied(case, case.inputs(size, dtype, device)) for _ in range(SETS)]
+    true = truth(case, sets[0])
+    upstream = upstream_of(true[0])
+    about = {
+        "op": case.op,
+        "variant": case.variant,
+        "shape": case.shape.format(f"{size:,}"),
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    right: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        row = {**about, "name": name}
+        try:
+            out, pulled = results(case, call, copied(case, sets[0]), upstream)
+        except Exception as problem:  # peers raise all kinds of errors
+            if name.startswith("sslfast"):
+                raise
+            yield {**row, "why_not": why_not(problem)}
+            continue
+        errors = error(out, true[0]), error(pulled, true[1])
+        row |= {"error": errors[0], "gradient_error": errors[1]}
+        if max(errors) <= limit(case, name, dtype):
+            right[name] = row
+        else:
+            if name.startswith("sslfast"):
+                raise AssertionError(f"{case.name} is wrong: {row}")
+            yield {**row, "why_not": "wrong"}
+    del true
+    for which in PASSES[: 1 + bool(case.trained)]:
+        backward = which == PASSES[1]
+        work = case.work(size, dtype.itemsize, backward)
+        least = floor(work, rates, dtype, device)
+        runs = {name: _runner(case, calls[name], sets, upstream if backward else None) for name in right}
+        for name, samples in _alternated(runs, device, budget).items():
+            low, middle, high = torch.tensor(samples).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+            yield {
+                **right[name],
+                "pass": which,
+                "ms_20": 1e3 * low,
+                "ms": 1e3 * middle,
+                "ms_80": 1e3 * high,
+                "samples": len(samples),
+                "gflops": work.flops / middle / 1e9,
+                "gbps": work.bytes / middle / 1e9,
+                "floor_ms": 1e3 * least,
+                "share": least / middle,
+            }
+
+
+def why_not(problem: Exception) -> str:
+    text = f"{type(problem).__name__}: {problem}"
+    lacks = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "MemoryError")
+    return "out of memory" if any(word in text for word in lacks) else text.splitlines()[0][:200]
+
+
+def _runner(case: Case, call: Callable, sets: list[dict], upstream: list[Tensor] | None) -> Callable[[], Any]:
+    turn = cycle(sets)
+
+    def both() -> None:
+        results(case, call, next(turn), upstream)
+
+    @torch.no_grad()
+    def one() -> None:
+        call(**next(turn))
+
+    return one if upstream is None else both
+
+
+def _alternated(runs: dict[str, Callable], device: torch.device, budget: float) -> dict[str, list[float]]:
+    """Seconds of calls of each in turn, for about `budget` seconds in all. One that takes most of that alone
+    is called less often than the others."""
+    first = {}
+    for name, run in runs.items():
+        cold = seconds(run, device)
+        first[name] = cold if cold > budget else seconds(run, device)
+    calls = {name: max(1, math.ceil(SHORTEST / t)) for name, t in first.items()}
+    spent = {name: calls[name] * t for name, t in first.items()}
+    fast = [t for t in spent.values() if t < budget / SAMPLES[0]] or [min(spent.values())]
+    rounds = min(SAMPLES[1], max(SAMPLES[0], int(budget / sum(fast))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds):
+        for name, run in runs.items():
+            if i < max(1, budget / spent[name]):
+                samples[name].append(seconds(run, device, calls[name]))
+    return samples
+
+
+# Memory.
+
+
+def memory(
+    case: Case, size: int, dtype: torch.dtype, names: Sequence[str], backends: Sequence[str], gib: float
+) -> dict[str, dict[str, Any]]:
+    """{name: {"peak_mib"} or {"why_not"}} on the CPU, in processes of their own that may have `gib` GiB."""
+    found: dict[str, dict[str, Any]] = {}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
+    while left := [name for name in names if name not in found]:
+        asked = {
+            "case": case.name,
+            "size": size,
+            "dtype": str(dtype),
+            "names": left,
+            "backends": list(backends),
+            "gib": gib,
+        }
+        command = [sys.executable, "-m", "sslfast.bench.memory", json.dumps(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        found.update({line.pop("name"): line for line in lines})
+        if missing := [name for name in left if name not in found]:
+            ended = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            killed = done.returncode in (-9, 137)  # the kernel takes who asks for too much
+            found[missing[0]] = {
+                "why_not": "out of memory" if killed else f"exit {done.returncode}: {ended[:200]}"
+            }
+    return found
+
+
+def peak_on_gpu(run: Callable[[], Any], kept: int) -> float:
+    """MiB beyond what was held before, less `kept` bytes."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
