@@ -1,6 +1,7 @@
 """`sslfast bench`: measures, prints, keeps, compares."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -123,7 +124,9 @@ def rows(
         peaks = measure.memory(case, size, dtype, list(calls), options["backends"], gib)
     lost = {name: peak for name, peak in peaks.items() if MISSING in peak}
     fitting = {name: call for name, call in calls.items() if name not in lost}
-    found = list(measure.rows(case, size, dtype, device, fitting, whole["ceilings"], seconds))
+    eager = peaks.get("eager", {}).get("peak_mib", 0.0) if "eager" not in lost else math.inf
+    fits = 8 / dtype.itemsize * eager < 1024 * gib
+    found = list(measure.rows(case, size, dtype, device, fitting, whole["ceilings"], seconds, fits))
     if memory and device.type == "cuda":
         inputs = copied(case, case.inputs(size, dtype, device))
         for name in {row["name"] for row in found if "ms" in row}:
