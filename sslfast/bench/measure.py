@@ -22,6 +22,8 @@ SAMPLES = 5, 50
 """Fewest and most of each implementation."""
 SHORTEST = 2e-3
 """Seconds of a sample: faster calls are timed several at a time."""
+PATIENCE = 30.0
+"""Seconds of one call, above which an implementation is only told to take as long."""
 SETS = 2
 """Of inputs, used in turn: not all of them are in a cache."""
 # Norm of an error over the norm of the truth: of ours and float32 or wider, and of others that round 16-bit
@@ -178,7 +180,12 @@ def rows(
     """
     torch._dynamo.reset()
     sets = [copied(case, case.inputs(size, dtype, device)) for _ in range(SETS)]
-    true = truth(case, sets[0], fits)
+    try:
+        true = truth(case, sets[0], fits)
+    except Exception as problem:
+        if not fits or why_not(problem) != "out of memory":
+            raise
+        fits, true = False, truth(case, sets[0], False)
     upstream = [x.to(device) for x in upstream_of(true[0])]
     about = {
         "op": case.op,
@@ -190,13 +197,16 @@ def rows(
     }
     right: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
-        row = {**about, "name": name}
+        row, began = {**about, "name": name}, time.perf_counter()
         try:
             out, pulled = results(case, call, copied(case, sets[0]), upstream)
         except Exception as problem:  # peers raise all kinds of errors
             if name.startswith("sslfast"):
                 raise
             yield {**row, "why_not": why_not(problem)}
+            continue
+        if (took := time.perf_counter() - began) > PATIENCE and not name.startswith(("sslfast", "compile")):
+            yield {**row, "why_not": f"one call takes {took:.0f} s"}
             continue
         errors = error(out, true[0]), error(pulled, true[1])
         row |= {"error": errors[0], "gradient_error": errors[1]}
@@ -231,7 +241,9 @@ def rows(
 def why_not(problem: Exception) -> str:
     text = f"{type(problem).__name__}: {problem}"
     lacks = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "MemoryError")
-    return "out of memory" if any(word in text for word in lacks) else text.splitlines()[0][:200]
+    if any(word in text for word in lacks):
+        return "out of memory"
+    return str(problem) if isinstance(problem, TimeoutError) else text.splitlines()[0][:200]
 
 
 def _runner(case: Case, call: Callable, sets: list[dict], upstream: list[Tensor] | None) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ def bench(
     compile: bool = True,
     memory: bool = True,
     memory_gib: float = 0.0,
-    seconds: float = 10.0,
+    seconds: float = 5.0,
+    minutes: float = 0.0,
     repeats: int = 0,
     json: Path | None = None,
     baseline: Path | None = None,
@@ -64,6 +66,7 @@ def bench(
         memory_gib: what an implementation may have on the CPU; 0: nine tenths of what is free. Those that
             need more are not timed.
         seconds: about how long to time each op, size, dtype and pass.
+        minutes: begin no further op after so many; 0: measure all.
         repeats: whole measurements, whose spread tells noise from change; 0: three with a baseline,
             otherwise one.
         json: file to write, or a folder, for DEVICE/bench.json there.
@@ -87,8 +90,12 @@ def bench(
     path = json and (json if json.suffix == ".json" else json / whole["device"] / "bench.json")
     gib = memory_gib or 0.9 * available_gib()
     options = {"backends": backends, "peers": () if peers == ("none",) else peers, "compiled": compile}
+    end = time.monotonic() + (60 * minutes or math.inf)
     for repeat in range(repeats or (3 if baseline else 1)):
         for case in cases:
+            if time.monotonic() > end:
+                console.print(f"{case.name}: left out for lack of time")
+                continue
             for name in (name for name in dtypes if name in case.dtypes):
                 for size in case.sizes_on(chosen_device, sizes):
                     found = rows(
