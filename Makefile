@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-interop test-interop-cpu accuracy lint format bench bench-interop static gpu sanitize \
-    wheel-check clean
+.PHONY: demo test test-interop test-interop-cpu accuracy lint format bench bench-interop bench-gpu parity readme static gpu \
+    sanitize release-check clean
 
 demo: $(READY)
 	$(BIN)/sslfast train simclr --data mnist5k --out runs/demo --epochs 20 --seed 0 --overwrite
@@ -29,18 +29,22 @@ test-interop-cpu: $(READY)
 test-interop: test-interop-cpu $(INTEROP)/.ready
 	SSLFAST_PEERS=all $(COMPARED) $(INTEROP)/bin/pytest -n 2 --dist worksteal tests/test_interop_*.py
 
+# Five methods trained with our ops, with plain PyTorch and with lightly's losses: three quarters of an hour.
+parity: $(INTEROP)/.ready
+	$(INTEROP)/bin/python benchmarks/parity.py --json-out benchmarks/results
+
 bench-interop: $(INTEROP)/.ready
 	HF_HUB_OFFLINE=1 $(INTEROP)/bin/python benchmarks/interop.py --json-out benchmarks/results
 
 $(INTEROP)/.ready: $(SOURCES) constraints-interop.txt
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/pip install -q -c constraints-interop.txt -e ".[bench,test]" torch torchvision lightly open_clip_torch \
+	$(INTEROP)/bin/pip install -q -c constraints-interop.txt -e ".[bench,test,train]" torch torchvision lightly open_clip_torch \
 	    pytorch-metric-learning sentence-transformers timm
 	$(INTEROP)/bin/pip install -q --no-deps -c constraints-interop.txt solo-learn  # its files; it needs what no longer installs
 	touch $@
 
 accuracy: $(READY)
-	$(BIN)/pytest -m accuracy -s
+	SSLFAST_RESULTS=$(CURDIR)/benchmarks/results $(BIN)/pytest -m accuracy -s
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -53,15 +57,18 @@ format: $(READY)
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
+# All figures of the README that need no other library than `make test` installs, then the README itself.
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/ema.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/masking.py --json-out benchmarks/results
+	$(BIN)/sslfast bench --json benchmarks/results
+	$(BIN)/sslfast bench ntxent_loss --sizes 256 1024 4096 16384 32768 --json benchmarks/results/scaling.json \
+	    --plots build/plots
 	$(BIN)/python benchmarks/augment.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/prototypes.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/losses.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/distributed.py --json-out benchmarks/results
+	$(BIN)/python benchmarks/steps.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/projection.py
+
+readme: $(READY)
+	$(BIN)/python benchmarks/readme.py
 
 # Every shipped configuration of the GPU kernels, compiled without a GPU: registers, spills, occupancy, predicted times.
 static: $(READY)
@@ -69,7 +76,10 @@ static: $(READY)
 
 # On a machine with a GPU, with the torch and Triton of $(PYTHON); needs no internet, and takes less than nine minutes.
 gpu:
-	PYTHON=$(PYTHON) bash tests/gpu.sh
+	PYTHON=$(PYTHON) bash tests/gpu.sh tests
+
+bench-gpu:
+	PYTHON=$(PYTHON) bash tests/gpu.sh benchmarks
 
 # The cases of every op, on every instruction set, with C++ built with AddressSanitizer and UndefinedBehaviorSanitizer.
 # torch.compile starts a compiler of its own, which the preloaded runtime disturbs; sums over the largest patches, which this
@@ -89,10 +99,10 @@ sanitize: $(READY)
 	    tests/test_linear_cross_entropy.py tests/test_view_transforms.py tests/test_view_params.py tests/test_view_inputs.py \
 	    tests/test_view_errors.py
 
-# One wheel, built from the sdist without torch, under two torch versions. The second one downloads gigabytes.
+# An sdist and its wheels under two torch versions and the Pythons that there are. The second torch downloads gigabytes.
 TORCHES ?= 2.13.0 2.14.1
-wheel-check: $(READY)
-	PYTHON=$(PYTHON) bash tests/wheel_check.sh $(TORCHES)
+release-check: $(READY)
+	PYTHON=$(PYTHON) bash tests/release_check.sh $(TORCHES)
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

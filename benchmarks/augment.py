@@ -30,9 +30,7 @@ from typing import Any
 import augment_plain as plain
 import torch
 from augment_cases import CASES, FEW, TARGETS, Case, Inputs, few_of, inputs_of, own_batch, with_more_steps
-from device import cpu_name
-from losses_plain import json_path, keep
-from masking import held, milliseconds
+from common import cpu_name, held, json_path, keep, milliseconds
 from torch import Tensor
 
 import sslfast
@@ -258,7 +256,7 @@ def run_case(case: Case, batch: int, device: str, dtype: torch.dtype, rounds: in
             row |= {"drawing_ms": ms["drawing"], "share_of_drawing": ms["drawing"] / ms[name]}
             row["speedup_over"] = {peer: ms[peer] / ms[name] for peer in ("kornia", "Pillow") if peer in ms}
         if device == "cuda" and name not in ("Pillow", "reference"):
-            from gpu import peak_memory
+            from common import peak_memory
 
             row["peak_mib"] = peak_memory(lambda name=name: calls[name](0)) / 2**20
     return rows

@@ -30,9 +30,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
-from device import cpu_name
-from losses_plain import json_path, keep
-from masking import _status, milliseconds
+from common import cpu_name, json_path, keep, milliseconds, status
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -292,9 +290,9 @@ def _memory(rank: int, name: str, rows: int, dim: int) -> int:
     step(IMPLEMENTATIONS[name], *z)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step(IMPLEMENTATIONS[name], *z)
-    return (_status("VmHWM") - before) << 10
+    return (status("VmHWM") - before) << 10
 
 
 def show_memory(found: dict, console: Console) -> None:

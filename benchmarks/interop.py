@@ -23,10 +23,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from device import cpu_name
+from common import cpu_name, json_path, keep, milliseconds, status
 from interop_cases import CASES, Case, Leaves
-from losses_plain import json_path, keep
-from masking import _status, milliseconds
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -201,7 +199,7 @@ def memory_here(case: Case, name: str, rows: int, device: str, limited: bool) ->
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         return {"out_of_memory": str(error).splitlines()[0][:200]}
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * status("VmHWM")
     gradients = sum(x.nbytes for x in leaves.values())
     return {"ms": ms, "mib": max(0.0, (peak - before - gradients) / 2**20)}
 
@@ -212,7 +210,7 @@ def memory_before(device: str) -> int:
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    return 1024 * _status("VmRSS")
+    return 1024 * status("VmRSS")
 
 
 def show(rows: list[dict], console: Console) -> None:

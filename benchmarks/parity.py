@@ -42,7 +42,7 @@ from unittest import mock
 
 import torch
 import tyro
-from device import cpu_name
+from common import cpu_name
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -29,9 +29,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from device import cpu_name
-from losses_plain import json_path, keep
-from masking import _status
+from common import cpu_name, json_path, keep, status
 from rich.console import Console
 from rich.table import Table
 from steps_cases import CASES, SEED, Case, Outcome, Step, collect, out_of_memory
@@ -292,9 +290,9 @@ def peak_here(case: Case, name: str) -> float:
     collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = status("VmRSS")
     once(step, step.views)
-    return (_status("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
 def peak_elsewhere(case: Case, name: str, quick: bool) -> float | str:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import masking_plain
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sslfast.bench import patches
 from sslfast.train import vit
 from sslfast.train.methods import Now, byol, dino, mae, moco, simclr
 
@@ -150,20 +150,20 @@ class Plain:
 
     def of_mae(self, model: mae.MAE) -> list[Change]:
         def draw(batch: int, length: int, ratio: float, *, device: torch.device, generator: None) -> Any:
-            found = masking_plain.mask(torch.rand(batch, length, device=device), ratio)
+            found = patches.plain_mask(torch.rand(batch, length, device=device), ratio)
             return SimpleNamespace(**dict(zip(("ids_keep", "ids_restore", "mask"), found, strict=True)))
 
         def embed(images, ids, weight, bias, positions, *, patch_size: int) -> Tensor:
-            return masking_plain.embed(images, ids, weight, bias, positions)
+            return patches.plain_embed(images, ids, weight, bias, positions)
 
         def loss(pred: Tensor, images: Tensor, mask: Tensor, patch: int, norm_pix: bool) -> Tensor:
-            return masking_plain.loss(pred, images, mask, patch, norm_pix, None, None)
+            return patches.plain_error(pred, images, mask, norm_pix, patch=patch)
 
         return [
             (mae, "random_patch_mask", draw),
             (mae, "mae_loss", loss),
             (vit, "embed_visible_patches", embed),
-            (vit, "restore_patches", masking_plain.restore),
+            (vit, "restore_patches", patches.plain_restore),
         ]
 
 

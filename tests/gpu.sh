@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Tests, sanitizer and benchmarks of the GPU kernels, on a machine that may have no internet: uses the packages of
-# $PYTHON. Results go to $OUT, or to benchmarks/results/<device>/. Each stage has its share of nine minutes.
+# Usage: gpu.sh [tests|benchmarks]   Tests and sanitizer, or benchmarks, of the GPU kernels, on a machine that may have
+# no internet: uses the packages of $PYTHON, and wheels of tyro in $WHEELS (wheels/) where it has none. Results go to $OUT, or to benchmarks/results/<device>/. Each stage has its
+# share of nine minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,6 +18,7 @@ BIN=$PWD/$VENV/bin
     > "$("$BIN/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/parent.pth"
 PATH="$BIN:$("$PYTHON" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH"
 "$BIN/python" -m pip install -q --no-build-isolation --no-deps -e .
+"$BIN/python" -c 'import tyro' 2> /dev/null || "$BIN/python" -m pip install -q --no-index --find-links "${WHEELS:-wheels}" tyro
 "$BIN/python" -c 'import torch, triton, sslfast; assert torch.cuda.is_available(), "no GPU that torch can use"
 print(sslfast.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 set +e
@@ -30,14 +32,26 @@ stage() { # name, seconds, command
     echo "== $name: exit $code after $((SECONDS - began)) s"
 }
 
-# One process compiles each kernel for all of them.
-stage "every kernel once" 90 "$BIN/python" benchmarks/gpu.py --quick
+if [ "${1:-tests}" = benchmarks ]; then
+    # What needs longer, most of it torch.compile's time, is left out and said so.
+    bench=("$BIN/sslfast" bench --device cuda --json "$RESULTS" --plots "$RESULTS/plots")
+    stage "ops and losses" 300 "${bench[@]}" --seconds 0.5 --minutes 4
+    stage "training steps" 100 "$BIN/python" benchmarks/steps.py --device cuda --rounds 10 --json-out "$RESULTS"
+    stage "augmentation" 40 "$BIN/python" benchmarks/augment.py --device cuda --seconds 24 --json-out "$RESULTS"
+    # Beside those originals that $PYTHON has; torch's own AveragedModel is always there.
+    stage "drop-ins" 30 "$BIN/python" benchmarks/interop.py --device cuda --seconds 15 --json-out "$RESULTS"
+    stage "blocks of a ring" 30 "$BIN/python" benchmarks/distributed.py --only blocks --device cuda --json-out "$RESULTS"
+    exit $failed
+fi
+# One process compiles each kernel for all of them. 300 rows, so that masks are at work.
+every=("$BIN/sslfast" bench --device cuda --sizes 300 --seconds 0.01 --no-compile --no-memory --peers none)
+stage "every kernel once" 120 "${every[@]}"
 if command -v compute-sanitizer > /dev/null; then
     log=$(mktemp)
     began=$SECONDS
     # Without torch's cache of memory, every buffer is an allocation of its own and its ends are seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 50 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$BIN/python" benchmarks/gpu.py --quick > "$log" 2>&1
+        "${every[@]}" > "$log" 2>&1
     code=$?
     tail -n 3 "$log"
     if grep -q "Device not supported\|Failed to initialize" "$log"; then
@@ -58,14 +72,4 @@ stage "tests" 170 "$BIN/python" -m pytest $workers -k "cuda or gpu" tests/test_b
     tests/test_prototypes_gpu.py tests/test_losses_gpu.py tests/test_interop_gpu.py tests/test_clip.py tests/test_supcon.py \
     tests/test_negative_losses.py tests/test_triplet.py tests/test_linear_cross_entropy.py \
     tests/test_distributed_blocks.py tests/test_augment_views_gpu.py tests/test_budget.py
-stage "EMA" 20 "$BIN/python" benchmarks/ema.py --device cuda --json-out "$RESULTS"
-# What needs longer, most of it torch.compile's time, is left out and said so; without --seconds nothing is.
-stage "masking" 50 "$BIN/python" benchmarks/masking.py --device cuda --seconds 32 --json-out "$RESULTS"
-stage "augmentation" 40 "$BIN/python" benchmarks/augment.py --device cuda --seconds 24 --json-out "$RESULTS"
-stage "prototypes" 50 "$BIN/python" benchmarks/prototypes.py --device cuda --seconds 32 --json-out "$RESULTS"
-stage "losses" 50 "$BIN/python" benchmarks/losses_gpu.py --seconds 32 --json-out "$RESULTS"
-# Beside those originals that $PYTHON has; torch's own AveragedModel is always there.
-stage "drop-ins" 30 "$BIN/python" benchmarks/interop.py --device cuda --seconds 15 --json-out "$RESULTS"
-stage "blocks of a ring" 30 "$BIN/python" benchmarks/distributed.py --only blocks --device cuda --json-out "$RESULTS"
-stage "benchmarks" $((530 - SECONDS > 30 ? 530 - SECONDS : 30)) "$BIN/python" benchmarks/gpu.py --json-out "$RESULTS"
 exit $failed

@@ -214,6 +214,9 @@ def test_the_command(tmp_path, capsys):
     assert names == {"index.html", "roofline.png", "byol_loss-float32.png", "random_patch_mask-float32.png"}
     text = (tmp_path / "plots" / "index.html").read_text()
     assert text.count("data:image/png;base64,") == 3 and not re.search(r'(src|href)="(?!data:)', text)
+    assert run("koleo_loss", *common[2:], "--json", tmp_path, "--device", "cpu") == 0
+    both = json.loads(path.read_text())["rows"]
+    assert {row["op"] for row in both} == {"byol_loss", "random_patch_mask", "koleo_loss"}
     for row in found["rows"]:
         if row["name"] == "sslfast":
             row |= {key: row[key] / 1000 for key in ("ms", "ms_20", "ms_80")}

@@ -197,6 +197,42 @@ def test_options_in_the_text_exist():
         assert any(all(has(option, text) for option in options) for text in texts), span
 
 
+# Figures
+
+
+@pytest.fixture
+def figures():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_are_those_of_the_results(figures, monkeypatch):
+    text = README.read_text()
+    assert figures.written(text) == text, "README.md and benchmarks/results/ disagree: make readme"
+    assert set(re.findall(r"<!-- figures: ([\w-]+) -->", text)) == set(figures.FIGURES)
+    read = figures.read
+
+    def faster(name, *device):
+        """Every number of a file a tenth lower."""
+        numbers = re.compile(r"(?<=: )\d+\.\d+(e-?\d+)?(?=[,\n}])")
+        lower = numbers.sub(lambda x: str(0.9 * float(x[0])), figures.json.dumps(read(name, *device)))
+        return figures.json.loads(lower)
+
+    for name in ("accuracy", "bench", "scaling", "interop", "distributed", "augment", "steps", "parity"):
+        if not (figures.RESULTS / figures.CPU / f"{name}.json").exists():
+            continue
+
+        def one(x, *device, name=name):
+            return faster(x, *device) if x == name else read(x, *device)
+
+        monkeypatch.setattr(figures, "read", one)
+        assert figures.written(text) != text, name
+    with pytest.raises(ValueError, match="figures: expected one of .*, got nothing"):
+        figures.written("<!-- figures: nothing -->\n\n<!-- end -->")
+
+
 # What is named
 
 

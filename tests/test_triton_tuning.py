@@ -1,18 +1,13 @@
 """Choices of the Triton kernels' block sizes, `sslfast tune`, and the benchmark of the GPU losses, in the
 interpreter."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from interpreter import INTERPRETED, larger_tiles, launches
+from interpreter import INTERPRETED
 from sslfast.kernels import tuning
 
 import sslfast
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = INTERPRETED
 
 
@@ -116,57 +111,3 @@ def test_tune_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="tune: expected a GPU"):
         tune.tune()
-
-
-# The benchmark.
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("gpu", BENCHMARKS / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(sys.modules["gpu_losses"], "compiled", sys.modules["gpu_losses"].eager)
-    return module
-
-
-def test_benchmark_agrees_with_its_own_truth(benchmark, monkeypatch):
-    larger_tiles(monkeypatch)
-    for case in benchmark.SMALL:
-        rows = benchmark.inputs_of(case)
-        true = benchmark.truth(case, rows)
-        for name, call in benchmark.implementations(case).items():
-            if name in ("memeff", "inf_cl", "cut_cross_entropy"):  # these need a GPU
-                continue
-            errors = benchmark.check(call, case, rows, true)
-            assert benchmark.is_right(errors, name.startswith("sslfast")), (case, name, errors)
-
-
-@pytest.mark.parametrize(
-    "form, kernels", [("flash", {"sums", "grad"}), ("chunked", {"tile_sums", "tile_weights"})]
-)
-def test_benchmark_times_the_form_it_names(form, kernels, benchmark, monkeypatch):
-    names = launches(monkeypatch)
-    monkeypatch.setattr(tuning, "SMALL", 0)
-    case = benchmark.SMALL[0]
-    benchmark.value_and_gradients(
-        benchmark.implementations(case)[f"sslfast {form}"], case, benchmark.inputs_of(case)
-    )
-    assert kernels <= set(names) and ("tile_sums" in names) == ("tile_weights" in names) == (
-        form == "chunked"
-    )
-
-
-def test_benchmark_refuses_a_wrong_result(benchmark, monkeypatch):
-    case = benchmark.SMALL[0]
-    rows, ours = benchmark.inputs_of(case), benchmark.implementations(case)["sslfast"]
-    wrong = lambda loss, rows: 1.2 * ours(loss, rows)  # noqa: E731
-    errors = benchmark.check(wrong, case, rows, benchmark.truth(case, rows))
-    assert not benchmark.is_right(errors, mine=False)
-    right = sslfast.ntxent_loss
-    monkeypatch.setattr(sslfast, "ntxent_loss", lambda *args, **options: 1.01 * right(*args, **options))
-    with pytest.raises(AssertionError, match="sslfast is wrong"):
-        benchmark.run_case(case, {}, only_ours=True)

@@ -58,9 +58,8 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, A
 
 
 def _fastest(call: Callable, device: torch.device, rounds: int) -> float:
-    """Seconds: the median of some calls after some that are not counted."""
-    samples = sorted(seconds(call, device) for _ in range(rounds + 3))
-    return samples[len(samples) // 2]
+    """Seconds."""
+    return min(seconds(call, device) for _ in range(rounds))
 
 
 def floor(work: Work, rates: dict[str, Any], dtype: torch.dtype, device: torch.device) -> float:

@@ -92,13 +92,14 @@ def noise(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     return {"noise": torch.rand(size, LENGTH, device=device).argsort(1).float() / LENGTH}
 
 
-def plain_mask(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_mask(noise: Tensor, ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
     """models_mae.py: ids_keep [B, Lk], ids_restore [B, L], mask [B, L] with 1 = removed."""
+    keep = int(noise.shape[1] * (1 - ratio))
     ids_shuffle = torch.argsort(noise, dim=1)
     ids_restore = torch.argsort(ids_shuffle, dim=1)
     removed = torch.ones_like(noise)
-    removed[:, :KEEP] = 0
-    return ids_shuffle[:, :KEEP], ids_restore, torch.gather(removed, 1, ids_restore)
+    removed[:, :keep] = 0
+    return ids_shuffle[:, :keep], ids_restore, torch.gather(removed, 1, ids_restore)
 
 
 def _beit_mask() -> np.ndarray:
@@ -208,20 +209,22 @@ def plain_restore(tokens: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_e
 
 def plain_embed(images: Tensor, ids_keep: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor) -> Tensor:
     """All patches by a convolution, of which the kept ones are gathered."""
-    tokens = F.conv2d(images, weight, bias, stride=PATCH).flatten(2).transpose(1, 2)
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     return plain_gather(tokens, ids_keep, pos_embed)
 
 
-def plain_error(pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool, power: int = 2) -> Tensor:
+def plain_error(
+    pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool, power: int = 2, patch: int = PATCH
+) -> Tensor:
     """models_mae.py: the target is patchified, and normalised patch by patch."""
     work = torch.promote_types(pred.dtype, torch.float32)
     if images.dtype == torch.uint8:
         mean, std = (torch.tensor(x, device=images.device, dtype=work)[:, None, None] for x in (MEAN, STD))
         images = (images / 255 - mean) / std
     batch, channels, height, width = images.shape
-    down, across = height // PATCH, width // PATCH
-    target = images.reshape(batch, channels, down, PATCH, across, PATCH)
-    target = torch.einsum("nchpwq->nhwpqc", target).reshape(batch, down * across, PIXELS)
+    down, across = height // patch, width // patch
+    target = images.reshape(batch, channels, down, patch, across, patch)
+    target = torch.einsum("nchpwq->nhwpqc", target).reshape(batch, down * across, -1)
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     error = (pred - target).abs() if power == 1 else (pred - target) ** 2

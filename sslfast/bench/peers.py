@@ -96,6 +96,44 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
+class _ChunkedClip(torch.autograd.Function):
+    """CLIP in chunks of rows in plain PyTorch: one product forward, three backward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, rows: int) -> Tensor:
+        row, col = [], a.new_full((len(b),), -torch.inf, dtype=torch.float32)
+        cosines = (a.float() * b.float()).sum(1)
+        for part in a.split(rows):
+            s = _product(part, b.T).mul_(scale)
+            row.append(s.logsumexp(1))
+            col = torch.logaddexp(col, s.logsumexp(0))
+        ctx.save_for_backward(a, b, scale, torch.cat(row), col)
+        ctx.rows = rows
+        return ((torch.cat(row) + col) / 2 - scale * cosines).mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        a, b, scale, row, col = ctx.saved_tensors
+        m, rows = len(a), ctx.rows
+        da, db, dscale = torch.empty_like(a), torch.zeros(b.shape, device=b.device), torch.zeros_like(g)
+        for i in range(0, m, rows):
+            cosines = _product(a[i : i + rows], b.T)
+            s = cosines * scale
+            w = torch.exp(s - row[i : i + rows, None]).add_(torch.exp(s - col)).mul_(0.5)
+            w.diagonal(i).sub_(1.0)
+            dscale += (w * cosines).sum() * (g / m)
+            w = w.mul_(g * scale / m).to(a.dtype)
+            da[i : i + rows] = w @ b
+            db += _product(w.T, a[i : i + rows])
+        return da, db.to(b.dtype), dscale, None
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.float() @ y.float()
+    return x @ y if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "ntxent_loss": {
         "lightly": lambda z1, z2: _lightly("NTXentLoss", 0.1)(z1, z2),
@@ -111,6 +149,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "dino_loss": {"lightly": _lightly_dino},
     "clip_loss": {
         "open_clip": lambda a, b, scale: _open_clip("ClipLoss")(a, b, scale),
+        "torch, chunked": lambda a, b, scale: _ChunkedClip.apply(a, b, scale, 2048),
         "memeff": _memeff,
         "inf_cl": _inf_cl,
         "cut_cross_entropy": _cut_clip,
@@ -144,7 +183,7 @@ def installed(op: str, only: tuple[str, ...] = ("all",)) -> dict[str, Peer]:
     return {
         name: peer
         for name, peer in wanted.items()
-        if importlib.util.find_spec(name) and ("all" in only or name in only)
+        if importlib.util.find_spec(name.partition(",")[0]) and ("all" in only or name in only)
     }
 
 

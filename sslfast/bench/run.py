@@ -69,7 +69,8 @@ def bench(
         minutes: begin no further op after so many; 0: measure all.
         repeats: whole measurements, whose spread tells noise from change; 0: three with a baseline,
             otherwise one.
-        json: file to write, or a folder, for DEVICE/bench.json there.
+        json: file to write, or a folder, for DEVICE/bench.json there. Rows of other ops that the same
+            version left in it stay.
         baseline: such a file of an earlier version: what got slower beyond noise is told, exit status 1.
         plots: folder for time and memory over the size, a roofline, and a page with both.
     """
@@ -84,10 +85,12 @@ def bench(
     cases, console = chosen(op), Console(width=None if sys.stdout.isatty() else 140)
     dtypes = dtype or (("float32", "bfloat16") if chosen_device.type == "cuda" else ("float32",))
     torch.manual_seed(0)
-    whole = {**about(chosen_device), "rows": []}
-    whole["ceilings"] = measure.ceilings(chosen_device, [getattr(torch, name) for name in dtypes])
-    console.print(header(whole))
+    whole: dict[str, Any] = about(chosen_device)
     path = json and (json if json.suffix == ".json" else json / whole["device"] / "bench.json")
+    whole["rows"] = others(path, whole, {case.name for case in cases}) if path else []
+    measured = [getattr(torch, name) for name in dtypes]
+    whole["ceilings"] = measure.ceilings(chosen_device, measured)
+    console.print(header(whole))
     gib = memory_gib or 0.9 * available_gib()
     options = {"backends": backends, "peers": () if peers == ("none",) else peers, "compiled": compile}
     end = time.monotonic() + (60 * minutes or math.inf)
@@ -96,10 +99,11 @@ def bench(
             if time.monotonic() > end:
                 console.print(f"{case.name}: left out for lack of time")
                 continue
+            rates = measure.ceilings(chosen_device, measured)  # anew, since machines change their pace
             for name in (name for name in dtypes if name in case.dtypes):
                 for size in case.sizes_on(chosen_device, sizes):
                     found = rows(
-                        case, size, getattr(torch, name), chosen_device, whole, options, memory, gib, seconds
+                        case, size, getattr(torch, name), chosen_device, rates, options, memory, gib, seconds
                     )
                     show(found, console)
                     whole["rows"] += [{**row, "repeat": repeat} for row in found]
@@ -118,7 +122,7 @@ def rows(
     size: int,
     dtype: torch.dtype,
     device: torch.device,
-    whole: dict[str, Any],
+    rates: dict[str, Any],
     options: dict[str, Any],
     memory: bool,
     gib: float,
@@ -133,7 +137,7 @@ def rows(
     fitting = {name: call for name, call in calls.items() if name not in lost}
     eager = peaks.get("eager", {}).get("peak_mib", 0.0) if "eager" not in lost else math.inf
     fits = 8 / dtype.itemsize * eager < 1024 * gib
-    found = list(measure.rows(case, size, dtype, device, fitting, whole["ceilings"], seconds, fits))
+    found = list(measure.rows(case, size, dtype, device, fitting, rates, seconds, fits))
     if memory and device.type == "cuda":
         inputs = copied(case, case.inputs(size, dtype, device))
         for name in {row["name"] for row in found if "ms" in row}:
@@ -218,6 +222,18 @@ def read(path: Path) -> dict[str, Any]:
         return whole
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"baseline: {path} is not a file that --json wrote: {problem!r}") from problem
+
+
+def others(path: Path, whole: dict[str, Any], measured: set[str]) -> list[dict[str, Any]]:
+    """Rows in the file, if it is of the same machine and versions, that are not of cases of these names."""
+    if not path.exists():
+        return []
+    old = read(path)
+    if any(old.get(key) != value for key, value in whole.items()):
+        return []
+    return [
+        row for row in old["rows"] if ", ".join(filter(None, (row["op"], row["variant"]))) not in measured
+    ]
 
 
 def keep(path: Path, whole: dict[str, Any]) -> None:

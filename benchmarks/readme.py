@@ -1,0 +1,315 @@
+"""Writes the figures of README.md out of benchmarks/results/, between its lines `<!-- figures: NAME -->` and
+`<!-- end -->`. With --check it only says whether they are there.
+
+    make readme
+"""
+
+import json
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CPU = "amd-epyc-2cpu"
+MACHINE = "2 threads of an AMD EPYC with AVX-512"
+BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.S)
+SIDES = ("eager", "compile", "sslfast")
+BOTH, FORWARD = "forward + backward", "forward"
+
+Row = dict[str, Any]
+
+
+def read(name: str, device: str = CPU) -> Any:
+    return json.loads((RESULTS / device / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ms(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1e3:.1f} s"
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
+
+
+def mib(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def times(value: float) -> str:
+    return f"{value:.3g}x" if value < 100 else f"{value:.0f}x"
+
+
+# sslfast bench.
+
+
+def by_case(whole: dict[str, Any]) -> dict[tuple, dict[str, Row]]:
+    """Rows by case, size and dtype, and by name; with the backward pass where there is one."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in whole["rows"]:
+        key = row["op"], row["variant"], row["shape"], row["dtype"]
+        own = found.setdefault(key, {})
+        if row.get("pass") != FORWARD or row["name"] not in own:
+            own[row["name"]] = row
+    return found
+
+
+def ops(device: str = CPU) -> str:
+    whole = read("bench", device)
+    lines = []
+    for (op, variant, shape, dtype), own in by_case(whole).items():
+        eager, ours = own["eager"], own["sslfast"]
+        cells = [
+            f"`{op}`{', ' * bool(variant)}{variant}",
+            f"{shape}{', ' * (dtype != 'float32')}{dtype * (dtype != 'float32')}",
+        ]
+        for name in SIDES[:2]:
+            row = own.get(name, {})
+            cells.append(ms(row["ms"]) if "ms" in row else row.get("why_not", ""))
+        cells.append(f"**{ms(ours['ms'])}**")
+        cells.append(times(eager["ms"] / ours["ms"]) if "ms" in eager else "")
+        cells.append(f"{ours['share']:.0%}")
+        memory = [mib(own[name]["peak_mib"]) for name in ("eager", "sslfast") if "peak_mib" in own[name]]
+        lines.append([*cells, " / ".join(memory) + " MiB" if len(memory) == 2 else ""])
+    rates = whole["ceilings"]
+    head = [
+        "",
+        "inputs",
+        "eager",
+        "torch.compile",
+        "sslfast",
+        "vs eager",
+        "share of floor",
+        "memory, eager / sslfast",
+    ]
+    products = ", ".join(f"{rate:,.0f} ({name})" for name, rate in rates["gflops"].items())
+    about = (
+        f"torch {whole['torch']}, commit {whole['commit']}; the machine: matrix products {products} GFLOP/s, "
+    )
+    about += f"exponentials {rates['exp_gps']:.1f} G/s, memory {rates['gbps']:.0f} GB/s.\n\n"
+    return about + table(head, lines)
+
+
+def scaling() -> str:
+    """The plot, and what it shows in a sentence."""
+    cases = by_case(read("scaling"))
+    largest = list(cases.values())[-1]
+    most = next(own for own in reversed(cases.values()) if "ms" in own["eager"])
+    eager, ours, last = most["eager"], most["sslfast"], largest["sslfast"]
+    lost = next(
+        (own["eager"] for own in cases.values() if own["eager"].get("why_not") == "out of memory"), None
+    )
+    both = (f"{ms(row['ms'])} and {mib(row['peak_mib'])} MiB" for row in (eager, ours, last))
+    text = f"![NT-Xent: time and memory over the batch](benchmarks/results/{CPU}/ntxent_loss-float32.png)\n\n"
+    text += f"NT-Xent, forward + backward, on {MACHINE}. With {eager['size']:,} pairs eager PyTorch takes "
+    text += f"{next(both)}, sslfast {next(both)}; with {last['size']:,} pairs sslfast takes {next(both)}"
+    return text + (f", where eager runs out of 20 GiB at {lost['size']:,}." if lost else ".")
+
+
+def gpus() -> str:
+    found = [
+        path.parent.name
+        for path in sorted(RESULTS.glob("*/bench.json"))
+        if "driver" in json.loads(path.read_text())
+    ]
+    if not found:
+        return "Not measured yet: the kernels have run in Triton's interpreter and its compiler only."
+    return "\n\n".join(f"### {name}\n\n{ops(name)}" for name in found)
+
+
+# The other files.
+
+
+def dropins() -> str:
+    whole = read("interop")
+    lines = []
+    for case in whole["cases"]:
+        sides = case["original"], case["sslfast"]
+        memory = [mib(side["mib"]) for side in sides if side.get("mib")]
+        beyond = case.get("beyond")
+        larger = ""
+        if beyond and "out_of_memory" in beyond["original"]:
+            there = beyond["sslfast"]
+            larger = f"{beyond['rows']:,}: {there['ms'] / 1e3:.1f} s, {mib(there['mib'])} MiB"
+        cells = [f"{case['name']}, {case['size']}", ms(sides[0]["ms"]), f"**{ms(sides[1]['ms'])}**"]
+        cells += [times(case["faster"]), " / ".join(memory) + " MiB" if len(memory) == 2 else "", larger]
+        lines.append(cells)
+    versions = ", ".join(f"{name} {version}" for name, version in whole["libraries"].items())
+    head = [
+        "",
+        "original",
+        "sslfast",
+        "faster",
+        "memory, original / sslfast",
+        "a batch the original has no 16 GiB for",
+    ]
+    return f"{versions}.\n\n" + table(head, lines)
+
+
+def ranks() -> str:
+    whole = read("distributed")
+    found: dict[int, dict[str, Row]] = {}
+    for row in whole["steps"]["results"]:
+        found.setdefault(row["processes"], {})[row["name"]] = row
+    lines = []
+    for processes, own in found.items():
+        plain = min((row for name, row in own.items() if name.startswith("plain")), key=lambda row: row["ms"])
+        ours = [own[f"sslfast, {name}"] for name in ("gather", "ring")]
+        cells = [f"**{ms(row['ms'])}** ({times(row['plain_over_it'])})" for row in ours]
+        sent = " / ".join(f"{row['loopback'] / 1e6:.2f}" for row in (plain, *ours))
+        lines.append([str(processes), ms(plain["ms"]), *cells, f"{sent} MB"])
+    return table(["processes", "plain", "gather", "ring", "sent by each: plain / gather / ring"], lines)
+
+
+def views() -> str:
+    whole = read("augment")
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in whole["augment"]:
+        if row["dtype"] == "float32":
+            found.setdefault((row["case"], row["batch"], row["views"]), {})[row["name"]] = row
+    lines = []
+    for (case, batch, count), own in found.items():
+        ours = own["sslfast (cpu)"]
+        others = [own.get(name) for name in ("kornia", "Pillow")]
+        cells = [f"{case}, {batch} images, {count} view{'s' * (count > 1)}"]
+        cells += [ms(row["ms"]) if row else "" for row in others] + [f"**{ms(ours['ms'])}**"]
+        cells += [times(row["ms"] / ours["ms"]) if row else "" for row in others]
+        lines.append([*cells, f"{ours['images_per_second']:,.0f}"])
+    head = ["", "kornia", "Pillow", "sslfast", "vs kornia", "vs Pillow", "images/s"]
+    return f"kornia {whole['kornia']}, Pillow {whole['pillow']}.\n\n" + table(head, lines)
+
+
+def steps() -> str:
+    whole = read("steps")
+    found: dict[str, dict[str, Row]] = {}
+    for row in whole["steps"]:
+        found.setdefault(row["title"], {})[row["name"]] = row
+    lines = []
+    for title, own in found.items():
+        ours = own["sslfast"]
+        others = [own.get(name, {}) for name in ("plain", "lightly")]
+        cells = [
+            f"{row['images_per_second']:,.0f}" if "ms" in row else row.get("why_not_timed", "")
+            for row in others
+        ]
+        share = {name: value for name, value in ours["budget"].items() if value >= 0.005}
+        budget = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+        memory = " / ".join(mib(row["peak_mib"]) for row in (*others, ours) if "peak_mib" in row)
+        what = f"{title}: {ours['backbone']}, {ours['size']} pixels, batch {ours['batch']:,}"
+        lines.append([what, *cells, f"**{ours['images_per_second']:,.0f}**", f"{memory} MiB", budget])
+    head = [
+        "images/s of a training step",
+        "plain",
+        "lightly",
+        "sslfast",
+        "memory, in this order",
+        "sslfast's time, views included",
+    ]
+    return table(head, lines)
+
+
+def parity() -> str:
+    if not (RESULTS / CPU / "parity.json").exists():
+        return "Not measured yet."
+    whole = read("parity")
+    lines = []
+    for name, own in whole["summary"].items():
+        seeds, measure = own["seeds"], "10 labels per class"
+        spread = seeds["accuracies"][measure]
+        cells = [name, f"{spread['mean']:.3f} ± {spread['sd'] or 0:.3f}"]
+        for variant in ("reference", "lightly"):
+            other = own["variants"].get(variant)
+            cells.append(f"{other['accuracies'][measure]['value']:.3f}" if other else "")
+        apart = [f"{x['epoch_loss_difference']:.2g}" for x in own["variants"].values()]
+        first = max(
+            max(x["first_loss_difference"], x["first_gradient_difference"]) for x in own["variants"].values()
+        )
+        lines.append([*cells, f"{first:.0e}", " / ".join(apart), f"{seeds['epoch_loss_difference']:.2g}"])
+    head = ["10 labels per class", "sslfast, seeds", "plain PyTorch", "lightly"]
+    head += ["first loss and gradient apart", "epoch losses apart", "between seeds"]
+    return f"![learning curves](benchmarks/results/{CPU}/parity.png)\n\n" + table(head, lines)
+
+
+# Accuracies.
+
+
+def accuracy(results: dict[str, Any], name: str, source: str = "trained encoder") -> str:
+    draws = results[name][source]
+    mean = statistics.fmean(draws)
+    return f"{mean:.3f}" if len(draws) == 1 else f"{mean:.3f} ± {statistics.stdev(draws):.3f}"
+
+
+def demo() -> str:
+    row = next(row for row in read("accuracy")["rows"] if row["method"] == "simclr")
+    lines = []
+    for name in row["results"]:
+        pixels, untrained = (accuracy(row["results"], name, x) for x in ("raw pixels", "untrained encoder"))
+        own = accuracy(row["results"], name)
+        lines.append(f"{name}: {own} (raw pixels {pixels}, untrained encoder {untrained})")
+    return (
+        f"On {MACHINE} it trains for {row['seconds']} s and ends with\n\n```\n" + "\n".join(lines) + "\n```"
+    )
+
+
+def methods() -> str:
+    rows = [row for row in read("accuracy")["rows"] if "no-norm-pix" not in row["options"]]
+    few, near = "10 labels per class", "kNN (k=20, T=0.07)"
+    lines = []
+    for row in rows:
+        cells = [
+            accuracy(row["results"], few, source).split(" ")[0]
+            for source in ("trained encoder", "untrained encoder", "raw pixels")
+        ]
+        lines.append(
+            [
+                f"`{row['method']} {row['options']}`",
+                *cells,
+                accuracy(row["results"], near),
+                f"{row['seconds']} s",
+            ]
+        )
+    return table(["`sslfast train` …", few, "untrained", "raw pixels", "kNN", "training"], lines)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (scaling, demo, dropins, methods, ops, gpus, ranks, views, steps, parity)
+}
+
+
+def written(text: str) -> str:
+    """The README with the figures of now.
+
+    Raises:
+        ValueError: a block of another name.
+    """
+
+    def block(match: re.Match) -> str:
+        if match[2] not in FIGURES:
+            raise ValueError(f"figures: expected one of {', '.join(FIGURES)}, got {match[2]}")
+        return match[1] + FIGURES[match[2]]() + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = written(text)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md and benchmarks/results/ disagree: make readme" if new != text else 0)
+    plot = ROOT / "build" / "plots" / "ntxent_loss-float32.png"
+    if plot.exists():
+        shutil.copy(plot, RESULTS / CPU / plot.name)
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
