@@ -93,6 +93,7 @@ def test_folder_with_its_own_split(tmp_path):
                 write_image(tmp_path / split / name / f"{i}.jpg", i)
     dataset = sources.load(f"folder:{tmp_path}", 12)
     assert (len(dataset.train), len(dataset.test)) == (12, 6)
+    assert dataset.train.shape == dataset.test.shape == (3, 12, 12)
     assert dataset.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -163,7 +164,7 @@ def test_broken_images_of_a_large_data_set_give_their_successor(partly_broken, c
     for _ in range(2):
         batches = list(dataset.train.batches(torch.arange(count).split(4), CPU, workers))
         assert [len(batch) for batch in batches] == [4, 4, 4, count - 12]
-        found = (data.ImageSet(batch, None).image(i) for batch in batches for i in range(len(batch)))
+        found = (data.image_of(batch, i) for batch in batches for i in range(len(batch)))
         for i, image in enumerate(found):
             source = next(j for j in (*range(i, count), *range(i)) if j not in bad)
             assert torch.equal(image, dataset.train.images.decode(source))
@@ -341,6 +342,7 @@ def test_torchvision(libraries):
     assert dataset.classes == ("x", "y", "z") and dataset.test.labels.tolist() == [0, 1, 2] * 2
     assert (squares(dataset.train)[:, 0, 0, 0] * 255).round().tolist() == list(range(12))
     unsplit = sources.load("torchvision:Unsplit", 8)
+    assert unsplit.train.shape == dataset.test.shape == (3, 8, 8)
     assert len(unsplit.train) == 30 and unsplit.test.labels.bincount().tolist() == [2, 2, 2]
     with pytest.raises(ValueError, match="torchvision.datasets has no 'helper'"):
         sources.load("torchvision:helper", 8)
@@ -361,6 +363,7 @@ def test_huggingface(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     dataset = sources.load("huggingface:pets", 8)
     assert dataset.classes == ("cat", "dog") and (len(dataset.train), len(dataset.test)) == (10, 4)
+    assert dataset.train.shape == dataset.test.shape == (3, 8, 8)
     assert (dataset.train.images.data == 7).all() and dataset.test.labels.tolist() == [0, 1, 0, 1]
 
 

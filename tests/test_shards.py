@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import config, weights
 
-from sslfast.train import data, sources
+from sslfast.train import data, loop, sources
 
 CPU = torch.device("cpu")
 
@@ -65,9 +66,10 @@ def test_shards_with_classes(tmp_path, workers, pattern):
     kept, held = data.hold_out([i % 3 for i in range(60)])
     for images, rows in ((dataset.train, kept), (dataset.test, held)):
         assert images.labels.tolist() == [i % 3 for i in rows] and len(images) == len(rows)
+        assert images.shape == (3, 16, 16)
         order = torch.randperm(len(rows))
-        batches = [data.ImageSet(x, None) for x in images.batches(order.split(7), CPU, workers or 0)]
-        found = [batch.image(i) for batch in batches for i in range(len(batch))]
+        batches = images.batches(order.split(7), CPU, workers or 0)
+        found = [data.image_of(batch, i) for batch in batches for i in range(len(batch))]
         assert all(torch.equal(x, expected(rows[i], 16)) for x, i in zip(found, order.tolist(), strict=True))
     assert dataset.classes == ("0", "1", "2")
 
@@ -95,6 +97,7 @@ def test_without_classes_and_with_strange_names(tmp_path):
     path = write(tmp_path / "one.tar", files)
     dataset = sources.load(f"webdataset:{path}", 16)
     assert dataset.train.labels is None and dataset.classes == () and len(dataset.train) == 4
+    assert dataset.train.shape == dataset.test.shape == (3, 16, 16)
     for found, (i, kind) in enumerate([(1, "jpg"), (2, "png"), (4, "png"), (5, "png")]):
         assert torch.equal(dataset.train.image(found), expected(i, 16, kind))
 
@@ -185,3 +188,16 @@ def test_a_reader_keeps_no_file_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     list(dataset.train.batches(torch.randperm(len(dataset.train)).split(8), CPU))
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_a_run_on_shards(tmp_path, memory):
+    """From the first view to the evaluation."""
+    for number in range(8):
+        shard(tmp_path / "data" / f"{number}.tar", range(6 * number, 6 * number + 6))
+    images = f"webdataset:{tmp_path / 'data'}"
+    cfg = config(
+        tmp_path / "run", images, image_size=16, cache_gib=memory, workers=0, epochs=1, augment="auto"
+    )
+    loop.train("simclr", cfg)
+    assert weights(cfg) and "linear probe" in (cfg.out / "evaluation.json").read_text()

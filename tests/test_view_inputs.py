@@ -308,6 +308,11 @@ def test_some_of_the_images_share_the_data_of_all():
         assert some.data is images.data and some.device == images.device and some.channels == 3
         (views,) = augment_views(some, (ViewSpec(4),)) if len(some) else (torch.empty(0, 3, 4, 4),)
         assert (views[:, 0, 0, 0] * 255).round().tolist() == torch.arange(5)[rows].tolist()
+    for wrong in (3, torch.tensor(3), torch.ones(5, dtype=torch.bool), [1, 2]):
+        with pytest.raises((TypeError, ValueError), match="rows"):
+            images[wrong]
+    with pytest.raises(TypeError):
+        list(images)
 
 
 @BACKENDS

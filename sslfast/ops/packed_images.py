@@ -69,8 +69,12 @@ class PackedImages:
     def device(self) -> torch.device:
         return self.data.device
 
+    __iter__ = None  # type: ignore[assignment]  # otherwise Python would try rows 0, 1, ...
+
     def __getitem__(self, rows: Tensor | slice) -> "PackedImages":
-        """Some of the images, in the same data."""
+        """Some of the images, in the same data; rows: int64 [R], or a slice."""
+        if not isinstance(rows, slice):
+            check_tensor("rows", rows, (torch.int64,), (None,))
         return PackedImages(self.data, self.offsets[rows], self.sizes[rows], self.channels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedImages":

@@ -129,7 +129,12 @@ class ImageSet:
     labels: Tensor | None
     """int64 [N]"""
     size: int = 0
-    """pixels of a side of the squares that images of any sizes are evaluated as"""
+    """of images of any sizes: pixels of a side of the squares that they are evaluated as"""
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.images, Tensor) == (not self.size), (
+            "size: of images of any sizes, and only of them"
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -152,9 +157,7 @@ class ImageSet:
     def image(self, index: int) -> Tensor:
         """uint8 [C, H, W]"""
         if isinstance(self.images, PackedImages):
-            (height, width), begin = self.images.sizes[index].tolist(), int(self.images.offsets[index])
-            pixels = self.images.data[begin : begin + 3 * height * width]
-            return pixels.view(height, width, 3).permute(2, 0, 1)
+            return image_of(self.images, index)
         return self.images[index][0] if isinstance(self.images, Decoded) else self.images[index]
 
     def to(self, device: torch.device) -> "ImageSet":
@@ -174,7 +177,10 @@ class ImageSet:
         not given yet when a batch is taken."""
         if not isinstance(self.images, Decoded):
             for part in rows:
-                yield self.images[part.to(self.images.device)].to(device)
+                own = self.images[part.to(self.images.device)]
+                if isinstance(own, PackedImages) and device != own.device:
+                    own = _alone(own)  # not all images at each batch
+                yield own.to(device)
             return
         loader: DataLoader = DataLoader(
             self.images,  # type: ignore[arg-type]  # a map-style data set needs no more than len and getitem
@@ -188,6 +194,11 @@ class ImageSet:
         for images, broken in loader:
             self.images.report(broken)
             yield images.to(device, non_blocking=True)
+
+    @property
+    def batch_size(self) -> int:
+        """Of batches without gradients; whole images take more memory than squares."""
+        return 512 if isinstance(self.images, Tensor) else 128
 
     def squares(self, rows: Iterable[Tensor], device: torch.device, workers: int = 0) -> Iterator[Tensor]:
         """As batches, float32 [B, C, H, W] in [0, 1], all of one size: what a network is evaluated on."""
@@ -205,6 +216,17 @@ class Dataset:
 def in_one_copy(rows: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """The rows of all batches on the device; a copy of each when its turn comes would wait for a GPU."""
     return torch.cat(tuple(rows)).to(device).split([len(part) for part in rows]) if len(rows) else ()
+
+
+def _alone(images: PackedImages) -> PackedImages:
+    """The same images in data of their own, on the CPU."""
+    return pack_images([image_of(images, i) for i in range(len(images))])
+
+
+def image_of(images: PackedImages, index: int) -> Tensor:
+    """uint8 [3, H, W]"""
+    (height, width), begin = images.sizes[index].tolist(), int(images.offsets[index])
+    return images.data[begin : begin + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
 
 
 def _collate(items: list[tuple[Tensor, list]]) -> tuple[PackedImages, list]:
@@ -230,9 +252,21 @@ def image_set(pictures: Pictures, labels: Tensor | None, size: int, memory: int)
         results = list(pool.map(attempt, range(count)))
     decoded.report([(i, result) for i, result in enumerate(results) if isinstance(result, str)])
     decoded.tell_count()
-    kept = {i: result for i, result in enumerate(results) if isinstance(result, Tensor)}
-    images = pack_images(list(kept.values()))
-    return ImageSet(images, None if labels is None else labels[list(kept)], size)
+    kept = [i for i, result in enumerate(results) if isinstance(result, Tensor)]
+    return ImageSet(_packed(results), None if labels is None else labels[kept], size)
+
+
+def _packed(results: list[Tensor | str]) -> PackedImages:
+    """The images [3, H, W] in the list, which is emptied meanwhile: memory has none of them twice."""
+    left = [result for result in reversed(results) if isinstance(result, Tensor)]
+    results.clear()
+    sizes = torch.tensor([image.shape[1:] for image in reversed(left)], dtype=torch.int64).view(-1, 2)
+    counts = 3 * sizes.prod(1)
+    data = torch.empty(int(counts.sum()), dtype=torch.uint8)
+    for part in data.split(counts.tolist()):
+        image = left.pop().permute(1, 2, 0)
+        part.view(image.shape).copy_(image)
+    return PackedImages(data, counts.cumsum(0) - counts, sizes)
 
 
 def _attempt(decoded: Decoded, index: int) -> Tensor | str:

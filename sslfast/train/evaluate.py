@@ -137,7 +137,7 @@ def features(
 
     def of(images: ImageSet) -> Tensor:
         own = torch.arange(len(images)).tensor_split(part[1])[part[0]]
-        rows = own.split(512) if len(own) else ()
+        rows = own.split(images.batch_size) if len(own) else ()
         parts = [encoder(batch).float().cpu() for batch in images.squares(rows, device, workers)]
         return torch.cat(parts) if parts else torch.empty(0)
 

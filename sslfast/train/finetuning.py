@@ -60,7 +60,7 @@ def run(encoder: nn.Module, dataset: Dataset, cfg: TrainConfig, epochs: int, dev
 def _accuracy(model: nn.Module, dataset: Dataset, device: torch.device, workers: int) -> float:
     labels = dataset.test.labels
     assert labels is not None
-    rows = torch.arange(len(labels)).split(512)
+    rows = torch.arange(len(labels)).split(dataset.test.batch_size)
     predicted: list[Tensor] = [
         model(batch).argmax(1).cpu() for batch in dataset.test.squares(rows, device, workers)
     ]

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,14 +226,12 @@ def _dataset(sets: list[ImageSet], names: Sequence[str] | None) -> Dataset:
     """Both parts without labels where one has none, or where training images are all of one class."""
     train, test = sets
     if train.labels is None or test.labels is None or len(train.labels.unique()) < 2:
-        return Dataset(ImageSet(train.images, None), ImageSet(test.images, None), ())
+        return Dataset(replace(train, labels=None), replace(test, labels=None), ())
     if names is None:
         values, labels = torch.cat([train.labels, test.labels]).unique(return_inverse=True)
         names = [str(value) for value in values.tolist()]
-        train, test = (
-            ImageSet(train.images, labels[: len(train)]),
-            ImageSet(test.images, labels[len(train) :]),
-        )
+        train = replace(train, labels=labels[: len(train)])
+        test = replace(test, labels=labels[len(train) :])
     return Dataset(train, test, tuple(str(name) for name in names))
 
 
