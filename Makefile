@@ -60,8 +60,7 @@ format: $(READY)
 # All figures of the README that need no other library than `make test` installs, then the README itself.
 bench: $(READY)
 	$(BIN)/sslfast bench --json benchmarks/results
-	$(BIN)/sslfast bench ntxent_loss --sizes 256 1024 4096 16384 32768 --json benchmarks/results/scaling.json \
-	    --plots build/plots
+	$(BIN)/sslfast bench ntxent_loss --sizes 256 1024 4096 16384 32768 --json benchmarks/results --name scaling
 	$(BIN)/python benchmarks/augment.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/distributed.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/steps.py --json-out benchmarks/results

@@ -178,7 +178,8 @@ class Lightly(Plain):
         self.utils.update_momentum(student, teacher, momentum)
 
     def of_simclr(self, model: simclr.SimCLR) -> list[Change]:
-        return [(model.loss, "forward", self.loss.NTXentLoss(model.loss.temperature))]
+        criterion = self.loss.NTXentLoss(model.loss.temperature)
+        return [(model.loss, "forward", lambda z1, z2: criterion(z1, z2))]  # a module would become a part
 
     def of_moco(self, model: moco.MoCo) -> list[Change]:
         size = tuple(model.queue.keys.shape)

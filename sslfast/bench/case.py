@@ -15,14 +15,10 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What cannot be avoided: FLOPs of matrix products, exponentials, and bytes read or written once."""
+    """What cannot be avoided without storing a matrix: FLOPs of products, bytes read or written once."""
 
     flops: float = 0.0
-    exps: float = 0.0
     bytes: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.exps + other.exps, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Case:
     """The input that is written to, whose numbers are then the result."""
     variant: str = ""
     """What tells several cases of an op apart."""
-    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     tolerance: float = 1.0
     """Times the usual error that is allowed."""
 
@@ -105,13 +101,15 @@ def forward(case: Case, call: Callable[..., Any], inputs: Inputs) -> list[Tensor
     return outputs(inputs[case.updated] if case.updated else result)
 
 
-def upstream_of(results: list[Tensor]) -> list[Tensor]:
-    """Fixed numbers for each result that has a gradient; 1 for a loss."""
+def upstream_of(results: list[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """Fixed numbers for each result that has a gradient; `scale` for a loss."""
     found = []
     for i, x in enumerate(x for x in results if x.requires_grad):
         generator = torch.Generator(x.device).manual_seed(i)
         found.append(
-            torch.randn(x.shape, generator=generator, device=x.device).to(x) if x.dim() else x.new_ones(())
+            torch.randn(x.shape, generator=generator, device=x.device).to(x)
+            if x.dim()
+            else x.new_full((), scale)
         )
     return found
 

@@ -34,20 +34,25 @@ def two_views(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def products(m: int, n: int, dim: int, itemsize: int, forward: float, both: float, backward: bool) -> Work:
-    """`forward` or `both` products of [m, dim] and [n, dim], an exponential of each logit as often as the
-    forward pass makes it (and once more, if the matrix is not kept), rows read, and gradients written."""
+    """`forward` or `both` products of [m, dim] and [n, dim], rows read, again, and gradients written."""
     passes = both if backward else forward
-    exps = m * n * min(forward, 1.0) * (1 + backward)
-    return Work(passes * 2 * m * n * dim, exps, itemsize * dim * (m + n) * (3 if backward else 1))
+    return Work(passes * 2 * m * n * dim, itemsize * dim * (m + n) * (3 if backward else 1))
 
 
 def symmetric(size: int, itemsize: int, backward: bool) -> Work:
     """NT-Xent on 2 N rows: half of the matrix, then half of it again and the gradient."""
     m = 2 * size
-    exps = 0.5 * m * m * (1 + backward)
-    return Work(
-        (2.0 if backward else 0.5) * 2 * m * m * DIM, exps, itemsize * DIM * m * (3 if backward else 1)
-    )
+    return Work((2.0 if backward else 0.5) * 2 * m * m * DIM, itemsize * DIM * m * (3 if backward else 1))
+
+
+def nearest(size: int, itemsize: int, backward: bool) -> Work:
+    """Which rows are nearest or farthest: half of the matrix; the rest is rows."""
+    return Work(size * size * DIM, itemsize * DIM * size * (3 if backward else 1))
+
+
+def queue_of(size: int, itemsize: int, backward: bool) -> Work:
+    """MoCo: one product, and one of the weights and the queue, while it is there."""
+    return Work((1 + backward) * 2 * size * QUEUE * DIM, itemsize * DIM * (QUEUE + size * (2 + backward)))
 
 
 def pairs_of(forward: float, both: float, dim: int = DIM):
@@ -126,6 +131,35 @@ def plain_koleo(features: Tensor) -> Tensor:
     return -torch.log(F.pairwise_distance(x, x[nearest], 2, 1e-8) + 1e-8).mean()
 
 
+def plain_lse(a: Tensor, b: Tensor) -> Tensor:
+    return (10.0 * wide(a @ b.T)).logsumexp(1)
+
+
+def plain_lse_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    logits = 10.0 * wide(a @ b.T)
+    return logits.logsumexp(1), logits.logsumexp(0)
+
+
+def plain_bce(a: Tensor, b: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(a), device=a.device, dtype=a.dtype) - 1
+    return -F.logsigmoid(wide(signs * (10.0 * a @ b.T - 10.0))).sum()
+
+
+def plain_nnclr(nearest: Tensor, prediction: Tensor) -> Tensor:
+    n, p = F.normalize(nearest, dim=1), F.normalize(prediction, dim=1)
+    return F.cross_entropy(wide(n @ p.T) / 0.1, torch.arange(len(n), device=n.device))
+
+
+def plain_multiview(views: Tensor) -> Tensor:
+    count, n, _ = views.shape
+    z = F.normalize(views.flatten(0, 1), dim=1)
+    logits = wide(z @ z.T) / 0.1
+    same = torch.eye(n, dtype=torch.bool, device=z.device).repeat(count, count)
+    negatives = logits.masked_fill(same, -torch.inf).logsumexp(1)
+    same &= ~torch.eye(count * n, dtype=torch.bool, device=z.device)
+    return F.softplus(negatives[:, None] - logits[same].view(count * n, count - 1)).mean()
+
+
 # Inputs.
 
 
@@ -181,11 +215,13 @@ def unit_rows(size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     return {"a": a, "b": unit(near(a))}
 
 
-def read_and_written(tensors: int, dim: int = DIM):
-    """Of ops that are bound by memory: so many rows of `dim` numbers read, as many gradients written."""
-    return lambda size, itemsize, backward: Work(
-        bytes=size * dim * itemsize * tensors * (3 if backward else 1)
-    )
+def of_byol(size: int, itemsize: int, backward: bool) -> Work:
+    return Work(bytes=size * 256 * itemsize * (2 + backward))
+
+
+def of_pairs(size: int, itemsize: int, backward: bool) -> Work:
+    """Both sides read, again, and gradients written; the indices each time."""
+    return Work(bytes=size * (2 * DIM * itemsize * (1 + 2 * backward) + 64 * (1 + backward)))
 
 
 _SIMILARITY: dict[str, Any] = dict(shape=f"{{}} x {DIM}", sizes=SIZES, gpu_sizes=GPU_SIZES)
@@ -207,6 +243,7 @@ CASES = (
         GPU_SIZES[:1],
         lambda n, dtype, device: {"views": torch.randn(4, n, DIM, device=device).to(dtype)},
         ours=lambda views: sslfast.multiview_ntxent_loss(views, 0.1),
+        plain=plain_multiview,
         trained=("views",),
         work=lambda size, itemsize, backward: symmetric(2 * size, itemsize, backward),
     ),
@@ -228,7 +265,7 @@ CASES = (
         trained=("query",),
         ours=lambda query, key, queue: sslfast.moco_loss(query, key, queue),
         plain=plain_moco,
-        work=lambda size, itemsize, backward: products(size, QUEUE, DIM, itemsize, 1, 2, backward),
+        work=queue_of,
     ),
     Case(
         "nnclr_loss",
@@ -239,6 +276,7 @@ CASES = (
             zip(("nearest", "prediction"), keyed(n, dtype, device).values(), strict=True)
         ),
         ours=lambda nearest, prediction: sslfast.nnclr_loss(nearest, prediction),
+        plain=plain_nnclr,
     ),
     Case(
         "clip_loss",
@@ -288,18 +326,18 @@ CASES = (
         plain=plain_triplet,
         trained=("embeddings",),
         variant="hard",
-        dtypes=("float64", "float32"),
-        work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 1, 1, False),
+        dtypes=("float32",),
+        work=nearest,
     ),
     Case(
         "koleo_loss",
         **_SIMILARITY,
         plain=plain_koleo,
         trained=("features",),
-        dtypes=("float64", "float32"),
+        dtypes=("float32",),
         inputs=lambda n, dtype, device: {"features": rows(n, dtype, device)},
         ours=lambda features: sslfast.koleo_loss(features),
-        work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 1, 1, False),
+        work=nearest,
     ),
     Case(
         "byol_loss",
@@ -313,7 +351,7 @@ CASES = (
             "target": rows(n, dtype, device, 256),
         },
         ours=lambda prediction, target: sslfast.byol_loss(prediction, target),
-        work=read_and_written(2, 256),
+        work=of_byol,
     ),
     Case(
         "similarity_lse",
@@ -322,6 +360,7 @@ CASES = (
         trained=("a", "b"),
         work=pairs_of(1, 4),
         ours=lambda a, b: similarity_lse(a, b, scale=10.0),
+        plain=plain_lse,
     ),
     Case(
         "similarity_lse",
@@ -330,6 +369,7 @@ CASES = (
         trained=("a", "b"),
         work=pairs_of(1, 4),
         ours=lambda a, b: similarity_lse(a, b, scale=10.0, return_cols=True),
+        plain=plain_lse_both,
         variant="rows and columns",
     ),
     Case(
@@ -339,6 +379,7 @@ CASES = (
         trained=("a", "b"),
         work=pairs_of(1, 3),
         ours=lambda a, b: similarity_bce(a, b, scale=10.0, bias=-10.0, total=True),
+        plain=plain_bce,
     ),
     Case(
         "guided_lse",
@@ -349,7 +390,7 @@ CASES = (
         plain=lambda a, b, guide_a, guide_b, limit: (
             (20.0 * wide(a @ b.T)).masked_fill(guide_a @ guide_b.T > limit[:, None], -torch.inf).logsumexp(1)
         ),
-        dtypes=("float64", "float32"),
+        dtypes=("float32",),
         work=lambda size, itemsize, backward: products(size, size, DIM, itemsize, 2, 5, backward),
     ),
     Case(
@@ -362,6 +403,6 @@ CASES = (
         ours=lambda x, y, rows, columns: pair_products(x, y, rows, columns),
         **_16,
         plain=lambda x, y, rows, columns: (wide(x)[rows] * wide(y)[columns]).sum(1),
-        work=read_and_written(8),
+        work=of_pairs,
     ),
 )

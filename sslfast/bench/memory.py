@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sslfast.bench import measure
-from sslfast.bench.case import Inputs, copied, mapped
+from sslfast.bench.case import Inputs, copied, upstream_of
 from sslfast.bench.cases import BY_NAME
 
 
@@ -24,31 +24,23 @@ def main() -> None:
     calls = measure.implementations(case, asked["backends"], ("all",))
     most = int(asked["gib"] * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    inputs = case.inputs(asked["size"], dtype, torch.device("cpu"))
+    inputs: Inputs = {}
     for name in asked["names"]:
         try:
+            inputs = inputs or case.inputs(asked["size"], dtype, torch.device("cpu"))
             own, began = copied(case, inputs), time.perf_counter()
-            measure.results(case, calls[name], own)  # what is made once is not counted
+            upstream = upstream_of(measure.results(case, calls[name], own)[0])  # and what is made once
             if (took := time.perf_counter() - began) > measure.PATIENCE and name != "compile":
                 raise TimeoutError(f"one call takes {took:.0f} s")
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = status("VmRSS")
-            kept = measure.results(case, calls[name], own)
-            peak = status("VmHWM") - before - size_of(kept, own)
+            kept = measure.results(case, calls[name], own, upstream)
+            peak = status("VmHWM") - before - measure.size_of(kept, own)
             print(json.dumps({"name": name, "peak_mib": max(0.0, peak / 2**20)}), flush=True)
-            del kept, own
+            del kept, own, upstream
         except Exception as problem:
             print(json.dumps({"name": name, "why_not": measure.why_not(problem)}), flush=True)
-
-
-def size_of(kept: tuple[list, list], inputs: Inputs) -> int:
-    """Bytes of results that are not inputs."""
-    found: list[int] = []
-    known: set[int] = set()
-    mapped(lambda x: known.add(x.data_ptr()), list(inputs.values()))
-    mapped(lambda x: found.append(0 if x.data_ptr() in known else x.nbytes), [*kept[0], *kept[1]])
-    return sum(found)
 
 
 def status(field: str) -> int:

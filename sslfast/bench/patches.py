@@ -231,22 +231,23 @@ def plain_error(
     return (error.mean(-1) * mask).sum() / mask.sum()
 
 
-def moved(tokens_read: int, tokens_written: int, dim: int, fixed: int = 0):
-    """Bytes of so many rows of an image, the other way round for the gradient, `fixed` rows once, and ids."""
+def of_gathering(size: int, itemsize: int, backward: bool) -> Work:
+    """Kept rows read and written, positions; backward kept rows read and all written, most of them zeros."""
+    rows = size * 2 * KEEP + LENGTH + backward * size * (KEEP + LENGTH)
+    return Work(bytes=itemsize * WIDTH * rows + 8 * size * KEEP * (1 + backward))
 
-    def work(size: int, itemsize: int, backward: bool) -> Work:
-        passes = 1 + backward
-        rows = size * (tokens_read + tokens_written) * passes + fixed * passes
-        return Work(bytes=itemsize * dim * rows + 8 * size * tokens_written)
 
-    return work
+def of_restoring(size: int, itemsize: int, backward: bool) -> Work:
+    """Kept rows read, all written, positions; backward the other way round."""
+    rows = size * (KEEP + LENGTH) * (1 + backward) + LENGTH + 1 + backward
+    return Work(bytes=itemsize * DECODER * rows + 8 * size * LENGTH * (1 + backward))
 
 
 def of_embedding(size: int, itemsize: int, backward: bool) -> Work:
     rows = size * KEEP
     passes = 2 if backward else 1  # images have no gradient
     numbers = passes * (rows * (PIXELS + WIDTH) + WIDTH * PIXELS) + LENGTH * WIDTH
-    return Work(2 * rows * PIXELS * WIDTH * passes, bytes=itemsize * numbers + 8 * rows)
+    return Work(2 * rows * PIXELS * WIDTH * passes, itemsize * numbers + 8 * rows)
 
 
 def of_error(pixel_bytes: int):
@@ -321,7 +322,7 @@ CASES = (
         ours=sslfast.gather_patches,
         plain=plain_gather,
         trained=("tokens",),
-        work=moved(KEEP, KEEP, WIDTH, LENGTH),
+        work=of_gathering,
     ),
     Case(
         "restore_patches",
@@ -331,7 +332,7 @@ CASES = (
         ours=sslfast.restore_patches,
         plain=plain_restore,
         trained=("tokens", "mask_token"),
-        work=moved(KEEP, LENGTH, DECODER, LENGTH),
+        work=of_restoring,
     ),
     Case(
         "embed_visible_patches",

@@ -153,26 +153,26 @@ def plain_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 # Floors. What follows is read once forward, once more backward, and gradients are written.
 
 
-def of_logits(read: int, trained: int, classes: int):
-    """`read` rows of logits for each of the size, of which `trained` get a gradient."""
+def of_logits(student: int, teacher: int, classes: int, teacher_bytes: int = 0):
+    """Rows of logits of both sides for each of the size; a gradient for the student's. teacher_bytes: of a
+    number of the teacher's, 0: as the student's."""
 
     def work(size: int, itemsize: int, backward: bool) -> Work:
-        moved = itemsize * classes * size * (read + (read + trained) * backward)
-        return Work(exps=classes * size * (read + trained * backward), bytes=moved)
+        read = student * itemsize + teacher * (teacher_bytes or itemsize)
+        return Work(bytes=classes * size * (read * (1 + backward) + student * itemsize * backward))
 
     return work
 
 
-def of_heads(read: int, trained: int, classes: int):
+def of_heads(student: int, teacher: int, classes: int):
     """The same, the logits being products of rows of features and prototypes."""
 
     def work(size: int, itemsize: int, backward: bool) -> Work:
-        rows, pulled = read * size, trained * size * backward
-        moved = itemsize * FEATURES * (rows * (1 + backward) + pulled) + 4 * FEATURES * classes * (
-            2 + 3 * backward
-        )
+        rows, pulled = (student + teacher) * size, student * size * backward
+        features = itemsize * FEATURES * (rows * (1 + backward) + pulled)
+        weights = 4 * FEATURES * classes * (2 + 3 * backward)
         flops = 2 * classes * FEATURES * (rows + 3 * pulled)  # logits again, and both gradients
-        return Work(flops, classes * (rows + pulled), moved)
+        return Work(flops, features + weights)
 
     return work
 
@@ -180,10 +180,8 @@ def of_heads(read: int, trained: int, classes: int):
 def of_language(labelled: float):
     def work(size: int, itemsize: int, backward: bool) -> Work:
         rows = int(size * labelled)
-        moved = itemsize * HIDDEN * (rows + VOCABULARY) * (3 if backward else 1)
-        return Work(
-            2 * rows * HIDDEN * VOCABULARY * (4 if backward else 1), rows * VOCABULARY * (1 + backward), moved
-        )
+        flops = 2 * rows * HIDDEN * VOCABULARY * (4 if backward else 1)
+        return Work(flops, itemsize * HIDDEN * (rows + VOCABULARY) * (3 if backward else 1))
 
     return work
 
@@ -218,7 +216,7 @@ CASES = (
         ours=lambda logits, targets: sslfast.soft_cross_entropy(logits, targets, scale=10.0),
         plain=plain_soft_cross_entropy,
         trained=("logits",),
-        work=of_logits(2, 1, 8192),
+        work=of_logits(1, 1, 8192),
     ),
     Case(
         "dino_loss",
@@ -229,7 +227,7 @@ CASES = (
         trained=("student",),
         ours=lambda student, teacher, center: sslfast.dino_loss(student, teacher, center, STUDENT, TEACHER),
         plain=plain_dino,
-        work=of_logits(VIEWS + TEACHERS, VIEWS, PROTOTYPES),
+        work=of_logits(VIEWS, TEACHERS, PROTOTYPES),
     ),
     Case(
         "dino_head_loss",
@@ -240,7 +238,7 @@ CASES = (
         **_HEADS,
         ours=our_dino_head,
         plain=plain_dino_head,
-        work=of_heads(VIEWS + TEACHERS, VIEWS, PROTOTYPES),
+        work=of_heads(VIEWS, TEACHERS, PROTOTYPES),
     ),
     Case(
         "ibot_loss",
@@ -251,7 +249,7 @@ CASES = (
         trained=("student",),
         ours=lambda student, teacher, weights: sslfast.ibot_loss(student, teacher, weights, 64, STUDENT),
         plain=plain_ibot,
-        work=of_logits(2, 1, 8192),
+        work=of_logits(1, 1, 8192, 4),
     ),
     Case(
         "ibot_head_loss",
@@ -262,7 +260,7 @@ CASES = (
         **_HEADS,
         ours=our_ibot_head,
         plain=plain_ibot_head,
-        work=of_heads(2, 1, 8192),
+        work=of_heads(1, 1, 8192),
     ),
     Case(
         "sinkhorn_knopp",

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +43,7 @@ def bench(
     minutes: float = 0.0,
     repeats: int = 0,
     json: Path | None = None,
+    name: str = "bench",
     baseline: Path | None = None,
     plots: Path | None = None,
 ) -> None:
@@ -69,8 +69,9 @@ def bench(
         minutes: begin no further op after so many; 0: measure all.
         repeats: whole measurements, whose spread tells noise from change; 0: three with a baseline,
             otherwise one.
-        json: file to write, or a folder, for DEVICE/bench.json there. Rows of other ops that the same
-            version left in it stay.
+        json: file to write, or a folder, for DEVICE/NAME.json there. Rows of other ops that are in it of the
+            same machine, threads and torch stay.
+        name: of the file in a folder.
         baseline: such a file of an earlier version: what got slower beyond noise is told, exit status 1.
         plots: folder for time and memory over the size, a roofline, and a page with both.
     """
@@ -86,13 +87,15 @@ def bench(
     dtypes = dtype or (("float32", "bfloat16") if chosen_device.type == "cuda" else ("float32",))
     torch.manual_seed(0)
     whole: dict[str, Any] = about(chosen_device)
-    path = json and (json if json.suffix == ".json" else json / whole["device"] / "bench.json")
+    path = json and (json if json.suffix == ".json" else json / whole["device"] / f"{name}.json")
     whole["rows"] = others(path, whole, {case.name for case in cases}) if path else []
     measured = [getattr(torch, name) for name in dtypes]
     whole["ceilings"] = measure.ceilings(chosen_device, measured)
     console.print(header(whole))
     gib = memory_gib or 0.9 * available_gib()
     options = {"backends": backends, "peers": () if peers == ("none",) else peers, "compiled": compile}
+    whole["memory_gib"] = gib
+    failed: list[dict[str, Any]] = []
     end = time.monotonic() + (60 * minutes or math.inf)
     for repeat in range(repeats or (3 if baseline else 1)):
         for case in cases:
@@ -100,21 +103,39 @@ def bench(
                 console.print(f"{case.name}: left out for lack of time")
                 continue
             rates = measure.ceilings(chosen_device, measured)  # anew, since machines change their pace
-            for name in (name for name in dtypes if name in case.dtypes):
+            for of in (x for x in measured if str(x).removeprefix("torch.") in case.dtypes):
                 for size in case.sizes_on(chosen_device, sizes):
-                    found = rows(
-                        case, size, getattr(torch, name), chosen_device, rates, options, memory, gib, seconds
-                    )
+                    found = rows(case, size, of, chosen_device, rates, options, memory, gib, seconds)
                     show(found, console)
-                    whole["rows"] += [{**row, "repeat": repeat} for row in found]
+                    whole["rows"] += [{**row, "repeat": repeat, "commit": whole["commit"]} for row in found]
+                    failed += [row for row in found if is_failure(row, backends)]
                     if path:
                         keep(path, whole)
+    if not whole["rows"]:
+        raise ValueError(
+            f"op: nothing of {', '.join(op)} is measured on {chosen_device} in {', '.join(dtypes)}"
+        )
     if path:
         console.print(f"wrote {path}")
     if plots:
         console.print(f"wrote {page.write(whole, plots)}")
-    if before and slower(before, whole, console):
+    for row in failed:
+        console.print(
+            f"{row['op']} {row['variant']} {row['size']} {row['dtype']}: {row[MISSING]}", style="red"
+        )
+    if (before and slower(before, whole, console)) or failed:
         sys.exit(1)
+
+
+def is_failure(row: dict[str, Any], backends: Sequence[str]) -> bool:
+    """Whether sslfast is wrong or fails, but for lack of memory or of a backend that was asked for."""
+    why = row.get(MISSING)
+    return (
+        row["name"].startswith("sslfast")
+        and why is not None
+        and why != "out of memory"
+        and (why == "wrong" or not backends)
+    )
 
 
 def rows(
@@ -135,19 +156,20 @@ def rows(
         peaks = measure.memory(case, size, dtype, list(calls), options["backends"], gib)
     lost = {name: peak for name, peak in peaks.items() if MISSING in peak}
     fitting = {name: call for name, call in calls.items() if name not in lost}
-    eager = peaks.get("eager", {}).get("peak_mib", 0.0) if "eager" not in lost else math.inf
+    plain = "eager" if case.plain else "reference"
+    eager = math.inf if plain in lost else peaks.get(plain, {}).get("peak_mib", 0.0)
     fits = 8 / dtype.itemsize * eager < 1024 * gib
     found = list(measure.rows(case, size, dtype, device, fitting, rates, seconds, fits))
     if memory and device.type == "cuda":
         inputs = copied(case, case.inputs(size, dtype, device))
         for name in {row["name"] for row in found if "ms" in row}:
-            run = partial(measure.results, case, calls[name], inputs)
-            kept = sum(inputs[trained].nbytes for trained in case.trained)
-            peaks[name] = {"peak_mib": measure.peak_on_gpu(run, kept)}
+            try:
+                peaks[name] = {"peak_mib": measure.peak_on_gpu(case, calls[name], inputs)}
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
     for row in found:
         row |= {key: value for key, value in peaks.get(row["name"], {}).items() if key not in row}
-    first = {key: found[0][key] for key in ("op", "variant", "shape", "size", "dtype")}
-    return found + [{**first, "name": name, **peak} for name, peak in lost.items()]
+    return found + [{**measure.about(case, size, dtype), "name": name, **peak} for name, peak in lost.items()]
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "triton": version("triton"),
         "python": platform.python_version(),
         "sslfast": sslfast.__version__,
-        "commit": commit(),
+        "commit": os.environ.get("SSLFAST_COMMIT") or commit(),
     }
     if device.type == "cuda":
         found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -209,7 +231,7 @@ def available_gib() -> float:
     return int(match.group(1)) / 2**20 if match else 8.0
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, argument: str = "baseline") -> dict[str, Any]:
     """Results of an earlier run.
 
     Raises:
@@ -221,15 +243,15 @@ def read(path: Path) -> dict[str, Any]:
             raise KeyError("rows")
         return whole
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"baseline: {path} is not a file that --json wrote: {problem!r}") from problem
+        raise ValueError(f"{argument}: {path} is not a file that --json wrote: {problem!r}") from problem
 
 
 def others(path: Path, whole: dict[str, Any], measured: set[str]) -> list[dict[str, Any]]:
     """Rows in the file, if it is of the same machine and versions, that are not of cases of these names."""
     if not path.exists():
         return []
-    old = read(path)
-    if any(old.get(key) != value for key, value in whole.items()):
+    old = read(path, "json")
+    if any(old.get(key) != whole[key] for key in ("device", "threads", "torch", "isa")):
         return []
     return [
         row for row in old["rows"] if ", ".join(filter(None, (row["op"], row["variant"]))) not in measured
@@ -253,7 +275,7 @@ def header(whole: dict[str, Any]) -> str:
     products = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates["gflops"].items())
     return (
         f"{whole['device']}, {whole['threads']} threads, torch {whole['torch']}, sslfast {whole['sslfast']}: "
-        f"matrix products {products} GFLOP/s, exponentials {rates['exp_gps']:.2f} G/s, memory "
+        f"matrix products {products} GFLOP/s, memory "
         f"{rates['gbps']:.0f} GB/s"
     )
 
@@ -270,7 +292,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     )  # fmt: skip
     for which in measure.PASSES:
         timed = [row for row in rows if row.get("pass") == which]
-        eager = next((row["ms"] for row in timed if row["name"] == "eager"), None)
+        eager = next((row["ms"] for row in timed if row["name"] in ("eager", "reference")), None)
         for row in timed:
             wrong = max(row["error"], row["gradient_error"] if which == measure.PASSES[1] else 0.0)
             table.add_row(
