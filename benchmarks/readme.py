@@ -6,12 +6,13 @@
 
 import json
 import re
-import shutil
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sslfast.bench import page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,52 +66,48 @@ def ops(device: str = CPU) -> str:
     whole = read("bench", device)
     lines = []
     for (op, variant, shape, dtype), own in by_case(whole).items():
-        eager, ours = own["eager"], own["sslfast"]
+        if "ms" not in own.get("sslfast", {}):
+            continue
+        what = f"`{op}`{', ' * bool(variant)}{variant}{f', {dtype}' * (dtype != 'float32')}"
+        name = "eager" if "eager" in own else "reference"
+        plain, ours = own[name], own["sslfast"]
         cells = [
-            f"`{op}`{', ' * bool(variant)}{variant}",
-            f"{shape}{', ' * (dtype != 'float32')}{dtype * (dtype != 'float32')}",
+            what,
+            shape,
+            told(plain) + " (reference)" * (name == "reference"),
+            told(own.get("compile", {})),
         ]
-        for name in SIDES[:2]:
-            row = own.get(name, {})
-            cells.append(ms(row["ms"]) if "ms" in row else row.get("why_not", ""))
-        cells.append(f"**{ms(ours['ms'])}**")
-        cells.append(times(eager["ms"] / ours["ms"]) if "ms" in eager else "")
-        cells.append(f"{ours['share']:.0%}")
-        memory = [mib(own[name]["peak_mib"]) for name in ("eager", "sslfast") if "peak_mib" in own[name]]
-        lines.append([*cells, " / ".join(memory) + " MiB" if len(memory) == 2 else ""])
+        cells += [f"**{ms(ours['ms'])}**", times(plain["ms"] / ours["ms"]) if "ms" in plain else ""]
+        memory = [mib(row["peak_mib"]) for row in (plain, ours) if "peak_mib" in row]
+        others = [f"{x} {told(row)}" for x, row in own.items() if x not in (*SIDES, "reference")]
+        cells += [f"{ours['share']:.0%}", " / ".join(memory) + " MiB" if len(memory) == 2 else ""]
+        lines.append([*cells, ", ".join(others)])
+    head = ["", "inputs", "eager", "torch.compile", "sslfast", "vs eager", "share of floor"]
+    head += ["memory, eager / sslfast", "others"]
     rates = whole["ceilings"]
-    head = [
-        "",
-        "inputs",
-        "eager",
-        "torch.compile",
-        "sslfast",
-        "vs eager",
-        "share of floor",
-        "memory, eager / sslfast",
-    ]
     products = ", ".join(f"{rate:,.0f} ({name})" for name, rate in rates["gflops"].items())
-    about = (
-        f"torch {whole['torch']}, commit {whole['commit']}; the machine: matrix products {products} GFLOP/s, "
-    )
-    about += f"exponentials {rates['exp_gps']:.1f} G/s, memory {rates['gbps']:.0f} GB/s.\n\n"
-    return about + table(head, lines)
+    about = f"torch {whole['torch']}; the machine: matrix products {products} GFLOP/s, memory "
+    return f"{about}{rates['gbps']:.0f} GB/s.\n\n" + table(head, lines)
+
+
+def told(row: Row) -> str:
+    return ms(row["ms"]) if "ms" in row else row.get("why_not", "").replace("|", "/")
 
 
 def scaling() -> str:
     """The plot, and what it shows in a sentence."""
-    cases = by_case(read("scaling"))
-    largest = list(cases.values())[-1]
+    whole = read("scaling")
+    cases = by_case(whole)
     most = next(own for own in reversed(cases.values()) if "ms" in own["eager"])
-    eager, ours, last = most["eager"], most["sslfast"], largest["sslfast"]
-    lost = next(
-        (own["eager"] for own in cases.values() if own["eager"].get("why_not") == "out of memory"), None
-    )
+    last = list(cases.values())[-1]["sslfast"]
+    eager, ours = most["eager"], most["sslfast"]
+    lost = (own["eager"] for own in cases.values() if own["eager"].get("why_not") == "out of memory")
     both = (f"{ms(row['ms'])} and {mib(row['peak_mib'])} MiB" for row in (eager, ours, last))
-    text = f"![NT-Xent: time and memory over the batch](benchmarks/results/{CPU}/ntxent_loss-float32.png)\n\n"
+    text = f"![NT-Xent: time and memory over the batch](benchmarks/results/{CPU}/scaling.png)\n\n"
     text += f"NT-Xent, forward + backward, on {MACHINE}. With {eager['size']:,} pairs eager PyTorch takes "
     text += f"{next(both)}, sslfast {next(both)}; with {last['size']:,} pairs sslfast takes {next(both)}"
-    return text + (f", where eager runs out of 20 GiB at {lost['size']:,}." if lost else ".")
+    without = next(lost, None)
+    return text + (f", where eager runs out of {whole['memory_gib']:.0f} GiB." if without else ".")
 
 
 def gpus() -> str:
@@ -187,6 +184,8 @@ def views() -> str:
 
 
 def steps() -> str:
+    if not (RESULTS / CPU / "steps.json").exists():
+        return "Not measured yet."
     whole = read("steps")
     found: dict[str, dict[str, Row]] = {}
     for row in whole["steps"]:
@@ -194,14 +193,17 @@ def steps() -> str:
     lines = []
     for title, own in found.items():
         ours = own["sslfast"]
+        if "ms" not in ours:
+            continue
         others = [own.get(name, {}) for name in ("plain", "lightly")]
         cells = [
             f"{row['images_per_second']:,.0f}" if "ms" in row else row.get("why_not_timed", "")
             for row in others
         ]
-        share = {name: value for name, value in ours["budget"].items() if value >= 0.005}
+        share = {name: value for name, value in ours.get("budget", {}).items() if value >= 0.005}
         budget = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
-        memory = " / ".join(mib(row["peak_mib"]) for row in (*others, ours) if "peak_mib" in row)
+        peaks = [row.get("peak_mib", "-") for row in (*others, ours)]
+        memory = " / ".join(x if isinstance(x, str) else mib(x) for x in peaks)
         what = f"{title}: {ours['backbone']}, {ours['size']} pixels, batch {ours['batch']:,}"
         lines.append([what, *cells, f"**{ours['images_per_second']:,.0f}**", f"{memory} MiB", budget])
     head = [
@@ -305,9 +307,7 @@ def main() -> None:
     new = written(text)
     if "--check" in sys.argv[1:]:
         sys.exit("README.md and benchmarks/results/ disagree: make readme" if new != text else 0)
-    plot = ROOT / "build" / "plots" / "ntxent_loss-float32.png"
-    if plot.exists():
-        shutil.copy(plot, RESULTS / CPU / plot.name)
+    (RESULTS / CPU / "scaling.png").write_bytes(page.scaling(read("scaling")["rows"], "ntxent_loss, float32"))
     path.write_text(new)
 
 

@@ -156,8 +156,8 @@ def plain_multiview(views: Tensor) -> Tensor:
     logits = wide(z @ z.T) / 0.1
     same = torch.eye(n, dtype=torch.bool, device=z.device).repeat(count, count)
     negatives = logits.masked_fill(same, -torch.inf).logsumexp(1)
-    same &= ~torch.eye(count * n, dtype=torch.bool, device=z.device)
-    return F.softplus(negatives[:, None] - logits[same].view(count * n, count - 1)).mean()
+    others = same & ~torch.eye(count * n, dtype=torch.bool, device=z.device)
+    return F.softplus(negatives[:, None] - logits[others].view(count * n, count - 1)).mean()
 
 
 # Inputs.
