@@ -107,7 +107,8 @@ def scaling() -> str:
     text += f"NT-Xent, forward + backward, on {MACHINE}. With {eager['size']:,} pairs eager PyTorch takes "
     text += f"{next(both)}, sslfast {next(both)}; with {last['size']:,} pairs sslfast takes {next(both)}"
     without = next(lost, None)
-    return text + (f", where eager runs out of {whole['memory_gib']:.0f} GiB." if without else ".")
+    room = f"{whole['memory_gib']:.0f} GiB" if "memory_gib" in whole else "memory"
+    return text + (f", where eager runs out of {room}." if without else ".")
 
 
 def gpus() -> str:

@@ -42,7 +42,7 @@ def test_every_op_and_loss_has_a_case():
         name for module in (sslfast.ops, sslfast.losses) for name in module.__all__ if name[0].islower()
     }
     assert {case.op for case in CASES} == public - NO_OPS
-    assert set(peers.PEERS) <= {case.op for case in CASES}
+    assert set(peers.PEERS) <= set(BY_NAME)
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if "ViT" not in case.variant])
@@ -156,6 +156,12 @@ def whole(*ms, plain=10.0, device="x"):
     return {"device": device, "commit": "abc", "rows": rows}
 
 
+def test_what_is_not_measured_any_more_is_told():
+    now = whole(1.0)
+    now["rows"][0] = {**{key: now["rows"][0][key] for key in compare.KEY[:5]}, "why_not": "wrong"}
+    assert len(compare.slower(whole(1.0), now, Console(quiet=True))) == 1
+
+
 @pytest.mark.parametrize(
     "before, now, found",
     [
@@ -236,6 +242,8 @@ def test_the_command(tmp_path, capsys):
         (("ntxent",), "op: expected one of .*ntxent_loss.*, got 'ntxent'"),
         (("ntxent_loss", "--sizes", 0), "sizes: expected positive numbers"),
         (("ntxent_loss", "--baseline", "/no/such"), "baseline: /no/such"),
+        (("ntxent_loss", "--peers", "lightl"), "peers: expected all, none or some of .*lightly"),
+        (("ntxent_loss", "--json", "/dev/null/x"), "json: cannot write to /dev/null/x"),
     ],
 )
 def test_errors_name_the_argument(arguments, message, capsys):

@@ -29,18 +29,19 @@ def spans(rows: Iterable[dict[str, Any]]) -> dict[tuple, tuple[float, float, flo
 
 
 def slower(before: dict[str, Any], now: dict[str, Any], console: Console) -> list[tuple]:
-    """Keys of sslfast's rows whose fastest measurement now is slower than the slowest before, by more than
-    plain PyTorch is; they are printed."""
+    """Keys of sslfast's rows that are missing now, or whose fastest measurement is slower than the slowest
+    before, by more than plain PyTorch is; they are printed."""
     old, new = spans(before["rows"]), spans(now["rows"])
     both = [key for key in new if key in old]
     plain = [new[key][1] / old[key][1] for key in both if key[4] == "eager"]
     machine = statistics.median(plain) if plain else 1.0
-    if before["device"] != now["device"]:
-        console.print(f"the baseline is of another machine, {before['device']}")
     console.print(
         f"plain PyTorch takes {machine:.2f} times as long as in the baseline ({before.get('commit')})"
     )
-    found = []
+    cases = {tuple(row[name] for name in KEY[:4]) for row in now["rows"]}
+    found = [key for key in old if key not in new and key[:4] in cases and key[4].startswith("sslfast")]
+    for key in found:
+        console.print(f"not measured any more: {' '.join(map(str, key))}", style="red")
     for key in both:
         if not key[4].startswith("sslfast"):
             continue
@@ -52,6 +53,6 @@ def slower(before: dict[str, Any], now: dict[str, Any], console: Console) -> lis
                 f"slower by {change:.2f}: {op} {variant} {size} {dtype}, {name}, {which}: "
                 f"{old[key][1]:.3f} -> {new[key][1]:.3f} ms", style="red",
             )  # fmt: skip
-    compared = sum(key[4].startswith("sslfast") for key in both)
+    compared = sum(key[4].startswith("sslfast") for key in old if key[:4] in cases)
     console.print(f"{len(found)} of {compared} became slower beyond noise")
     return found

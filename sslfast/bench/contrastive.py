@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sslfast
 from sslfast.bench.case import Case, Inputs, Work, wide
+from sslfast.bench.peers import FIXED
 from sslfast.losses.contrastive import ntxent_reference
 from sslfast.ops import guided_lse, pair_products, similarity_bce, similarity_lse
 
@@ -62,7 +63,7 @@ def pairs_of(forward: float, both: float, dim: int = DIM):
 # Plain PyTorch.
 
 
-def plain_clip(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def plain_clip(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     logits, own = wide(scale * a @ b.T), torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -286,6 +287,16 @@ CASES = (
         work=pairs_of(1, 4),
         ours=lambda a, b, scale: sslfast.clip_loss(a, b, scale),
         plain=plain_clip,
+    ),
+    Case(
+        "clip_loss",
+        **_SIMILARITY,
+        inputs=unit_rows,
+        ours=lambda a, b: sslfast.clip_loss(a, b, FIXED),
+        plain=lambda a, b: plain_clip(a, b, FIXED),
+        trained=("a", "b"),
+        work=pairs_of(1, 4),
+        variant="fixed scale",
     ),
     Case(
         "siglip_loss",

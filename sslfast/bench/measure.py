@@ -107,8 +107,7 @@ def implementations(
     found["eager" if case.plain else "reference"] = case.eager
     if compiled and case.compiles and case.plain:
         found["compile"] = torch.compile(case.plain, dynamic=False)
-    if not case.variant or case.op in ("triplet_margin_loss", "linear_cross_entropy"):
-        found.update(installed(case.op, tuple(peers)))
+    found.update(installed(case.name, tuple(peers)))
     return found
 
 

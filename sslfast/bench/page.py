@@ -33,8 +33,8 @@ def write(whole: dict[str, Any], folder: Path) -> Path:
 
 
 def scaling(rows: list[dict[str, Any]], title: str) -> bytes:
-    """Time and memory of each implementation over the size, on logarithmic axes; a cross, at its last
-    height, is where it ran out of memory."""
+    """Time and memory of each implementation over the size, on logarithmic axes; a cross at the top
+    is where it ran out of memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -60,7 +60,8 @@ def scaling(rows: list[dict[str, Any]], title: str) -> bytes:
                 continue
             (line,) = axis.plot(*zip(*points, strict=True), label=name, **style)
             if lost:
-                axis.plot([lost], [points[-1][1]], "x", color=line.get_color(), ms=9, mew=2.5)
+                top = axis.get_xaxis_transform()  # sizes, and shares of the height
+                axis.plot([lost], [0.97], "x", color=line.get_color(), ms=9, mew=2.5, transform=top)
     sizes = sorted({row["size"] for row in rows})
     shape = rows[0]["shape"].replace(f"{rows[0]['size']:,}", "size", 1)
     for axis, label in zip(axes, (f"ms, {last}", "peak MiB beyond inputs and gradients"), strict=True):

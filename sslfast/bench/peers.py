@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 Peer = Callable[..., Tensor]
+FIXED = 14.0
+"""Scale of CLIP's logits where it is not trained."""
 
 
 @cache
@@ -58,27 +60,28 @@ def _ranking() -> Any:
     return MultipleNegativesRankingLoss(nn.Identity(), scale=1 / 0.07)
 
 
-def _memeff(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def _memeff(a: Tensor, b: Tensor) -> Tensor:
     from memeff import MemoryEfficientCLIPLoss
 
-    return MemoryEfficientCLIPLoss(temperature=1 / float(scale), normalized_inputs=True, stable=False)(a, b)
+    return MemoryEfficientCLIPLoss(temperature=1 / FIXED, normalized_inputs=True, stable=False)(a, b)
 
 
-def _inf_cl(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def _inf_cl(a: Tensor, b: Tensor) -> Tensor:
     from inf_cl import cal_flash_loss
 
+    scale = torch.tensor(FIXED, device=a.device)
     width = min(256, 1 << (a.shape[1] - 1).bit_length())
     return sum(cal_flash_loss(x, y, scale=scale, head_dim=width).mean() for x, y in ((a, b), (b, a))) / 2
 
 
-def _cut_clip(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def _cut_clip(a: Tensor, b: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    own, s = _class_of_each(a), scale.to(a.dtype)
-    return sum(linear_cross_entropy(s * x, y, own, impl="cce_exact") for x, y in ((a, b), (b, a))) / 2
+    own = _class_of_each(a)
+    return sum(linear_cross_entropy(FIXED * x, y, own, impl="cce_exact") for x, y in ((a, b), (b, a))) / 2
 
 
-def _cut_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _cut_linear(hidden: Tensor, weight: Tensor, labels: Tensor, **_: Any) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, weight, labels, impl="cce_exact")
@@ -90,7 +93,7 @@ def _siglip_kernel(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return fused_siglip_loss(a, b, scale.log(), bias)
 
 
-def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor, **_: Any) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
@@ -134,6 +137,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
 
 
+_LINEAR: dict[str, Peer] = {"cut_cross_entropy": _cut_linear, "liger_kernel": _liger}
 PEERS: dict[str, dict[str, Peer]] = {
     "ntxent_loss": {
         "lightly": lambda z1, z2: _lightly("NTXentLoss", 0.1)(z1, z2),
@@ -150,6 +154,9 @@ PEERS: dict[str, dict[str, Peer]] = {
     "clip_loss": {
         "open_clip": lambda a, b, scale: _open_clip("ClipLoss")(a, b, scale),
         "torch, chunked": lambda a, b, scale: _ChunkedClip.apply(a, b, scale, 2048),
+    },
+    "clip_loss, fixed scale": {
+        "open_clip": lambda a, b: _open_clip("ClipLoss")(a, b, FIXED),
         "memeff": _memeff,
         "inf_cl": _inf_cl,
         "cut_cross_entropy": _cut_clip,
@@ -163,7 +170,7 @@ PEERS: dict[str, dict[str, Peer]] = {
             0.1 / 0.07 * _metric_learning("SupConLoss", temperature=0.1)(features, labels)
         ),
     },
-    "triplet_margin_loss": {
+    "triplet_margin_loss, hard": {
         "pytorch_metric_learning": lambda embeddings, labels: _metric_learning("TripletMarginLoss")(
             embeddings, labels
         ),
@@ -173,13 +180,14 @@ PEERS: dict[str, dict[str, Peer]] = {
             [query, key], None
         ),
     },
-    "linear_cross_entropy": {"cut_cross_entropy": _cut_linear, "liger_kernel": _liger},
+    "linear_cross_entropy, 15% labelled": _LINEAR,
+    "linear_cross_entropy, all labelled": _LINEAR,
 }
 
 
-def installed(op: str, only: tuple[str, ...] = ("all",)) -> dict[str, Peer]:
-    """Those of an op that can be imported, or of these the named ones."""
-    wanted = PEERS.get(op, {})
+def installed(case: str, only: tuple[str, ...] = ("all",)) -> dict[str, Peer]:
+    """Those of a case that can be imported, or of these the named ones."""
+    wanted = PEERS.get(case, {})
     return {
         name: peer
         for name, peer in wanted.items()

@@ -23,6 +23,7 @@ from sslfast.bench import measure, page
 from sslfast.bench.case import Case, copied
 from sslfast.bench.cases import chosen
 from sslfast.bench.compare import slower
+from sslfast.bench.peers import names
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 MISSING = "why_not"
@@ -82,13 +83,24 @@ def bench(
         raise ValueError("device: there is no GPU that torch can use")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes: expected positive numbers, got {sizes}")
+    if unknown := set(peers) - {"all", "none", *names()}:
+        raise ValueError(f"peers: expected all, none or some of {', '.join(names())}, got {sorted(unknown)}")
     before = read(baseline) if baseline else None
     cases, console = chosen(op), Console(width=None if sys.stdout.isatty() else 140)
     dtypes = dtype or (("float32", "bfloat16") if chosen_device.type == "cuda" else ("float32",))
     torch.manual_seed(0)
     whole: dict[str, Any] = about(chosen_device)
     path = json and (json if json.suffix == ".json" else json / whole["device"] / f"{name}.json")
+    for key in ("device", "threads"):
+        if before and before[key] != whole[key]:
+            raise ValueError(f"baseline: {baseline} has {key} {before[key]}, here it is {whole[key]}")
     whole["rows"] = others(path, whole, {case.name for case in cases}) if path else []
+    earlier = len(whole["rows"])
+    if path:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ValueError(f"json: cannot write to {path}: {problem}") from problem
     measured = [getattr(torch, name) for name in dtypes]
     whole["ceilings"] = measure.ceilings(chosen_device, measured)
     console.print(header(whole))
@@ -123,7 +135,7 @@ def bench(
         console.print(
             f"{row['op']} {row['variant']} {row['size']} {row['dtype']}: {row[MISSING]}", style="red"
         )
-    if (before and slower(before, whole, console)) or failed:
+    if (before and slower(before, {**whole, "rows": whole["rows"][earlier:]}, console)) or failed:
         sys.exit(1)
 
 
