@@ -216,11 +216,10 @@ def test_figures_are_those_of_the_results(figures, monkeypatch):
 
     def lower(value):
         """Every number with a point a tenth lower."""
-        if isinstance(value, dict | list):
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            return type(value)(
-                {k: lower(x) for k, x in pairs} if isinstance(value, dict) else map(lower, value)
-            )
+        if isinstance(value, dict):
+            return {key: lower(x) for key, x in value.items()}
+        if isinstance(value, list):
+            return [lower(x) for x in value]
         return 0.9 * value if isinstance(value, float) else value
 
     for name in ("accuracy", "bench", "scaling", "interop", "distributed", "augment", "steps", "parity"):
