@@ -215,7 +215,7 @@ def steps() -> str:
         "memory, in this order",
         "sslfast's time, views included",
     ]
-    return table(head, lines)
+    return f"torch {whole['torch']}, lightly {whole['lightly']}.\n\n" + table(head, lines)
 
 
 def parity() -> str:
