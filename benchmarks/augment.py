@@ -18,8 +18,6 @@ import contextlib
 import functools
 import itertools
 import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +28,12 @@ from typing import Any
 import augment_plain as plain
 import torch
 from augment_cases import CASES, FEW, TARGETS, Case, Inputs, few_of, inputs_of, own_batch, with_more_steps
-from common import cpu_name, held, json_path, keep, milliseconds
+from common import held, json_path, keep, milliseconds
 from torch import Tensor
 
 import sslfast
 from sslfast import PackedImages, ViewSpec
+from sslfast.bench.run import about
 from sslfast.ops import _backend
 from sslfast.ops.view_params import draw
 
@@ -354,16 +353,13 @@ def main() -> None:
     if not cases:
         raise SystemExit(f"--only: expected the beginning of {', '.join(case.name for case in CASES)}")
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     whole: dict = {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "sslfast": sslfast.__version__, "python": platform.python_version(),
+        **about(torch.device(device)),
         "kornia": metadata.version("kornia") if plain.K else None,
         "pillow": metadata.version("pillow") if plain.Image else None, "augment": [], "profile": [],
     }  # fmt: skip
-    folder = name if device == "cpu" else re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-    path = json_path(options.json_out, folder, "augment.json")
+    print(f"{whole['device']}, torch {whole['torch']}, {whole['threads']} threads")
+    path = json_path(options.json_out, whole["device"], "augment.json")
     part, run = ("profile", profile) if options.profile else ("augment", run_case)
     if path and path.exists() and (options.only or options.profile):
         kept = json.loads(path.read_text())

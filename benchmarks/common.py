@@ -9,16 +9,10 @@ from pathlib import Path
 import torch
 
 from sslfast.bench import memory
-from sslfast.bench.run import device_name
-
-
-def cpu_name() -> str:
-    """This machine's processor, as results are filed under it."""
-    return device_name(torch.device("cpu"))
 
 
 def json_path(given: Path | None, device: str, name: str) -> Path | None:
-    """A file, or in a folder <device>/<name>."""
+    """A file, or in a folder <device>/<name>; device: as `about` has it."""
     return given / device / name if given and given.suffix != ".json" else given
 
 

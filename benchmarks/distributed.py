@@ -15,8 +15,6 @@ blocks   in one process: rows of this process against those of a visitor, forwar
 
 import json
 import os
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -30,7 +28,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
-from common import cpu_name, json_path, keep, milliseconds, status
+from common import json_path, keep, milliseconds, status
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,7 +36,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 import sslfast
-from sslfast import _C
+from sslfast.bench.run import about
 from sslfast.distributed import _ranks, _sharded, bytes_sent
 from sslfast.ops import _backend
 
@@ -68,15 +66,13 @@ def main(
     if not sections:
         raise SystemExit(f"--only {only}: expected a beginning of {', '.join(RUN)}, with a GPU of blocks")
     console = Console(width=120)
-    name = torch.cuda.get_device_name() if gpu else cpu_name()
-    path = json_path(json_out, re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"), "distributed.json")
+    head = about(torch.device(device))
+    path = json_path(json_out, head["device"], "distributed.json")
     whole = json.loads(path.read_text()) if path and path.exists() else {}
-    about = {"device": name, "torch": torch.__version__, "sslfast": sslfast.__version__,
-             "python": platform.python_version(), "isa": None if gpu else _C.cpu_isa()}  # fmt: skip
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    console.print(", ".join(f"{key} {value}" for key, value in head.items()))
     for section in sections:
         began = time.monotonic()
-        whole[section] = about | RUN[section][0](quick, torch.device(device))
+        whole[section] = head | RUN[section][0](quick, torch.device(device))
         keep(path, whole)
         RUN[section][1](whole[section], console)
         console.print(f"{section}: {time.monotonic() - began:.0f} s")

@@ -11,7 +11,6 @@ are left out and said so.
 
 import ctypes
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,13 +22,13 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import cpu_name, json_path, keep, milliseconds, status
+from common import json_path, keep, milliseconds, status
 from interop_cases import CASES, Case, Leaves
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import sslfast
+from sslfast.bench.run import about
 
 ROOM = 16 << 30  # bytes that an original may have
 LIMIT = 1e-4  # relative error of a loss and of a gradient
@@ -66,20 +65,8 @@ def main(
         print(json.dumps(memory_here(cases[0], memory_of, rows, device, limited)))
         return
     console = Console(width=140)
-    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name()
-    versions = {
-        "torch": torch.__version__,
-        "sslfast": sslfast.__version__,
-        "python": platform.python_version(),
-    }
-    whole: dict = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        **versions,
-        "libraries": {},
-        "cases": [],
-    }
-    path = json_path(json_out, name, "interop.json")
+    whole: dict = {**about(torch.device(device)), "libraries": {}, "cases": []}
+    path = json_path(json_out, whole["device"], "interop.json")
     kept = json.loads(path.read_text()) if only and path and path.exists() else {"cases": [], "libraries": {}}
     whole["libraries"].update(kept["libraries"])
     began = time.perf_counter()

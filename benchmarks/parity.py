@@ -42,12 +42,12 @@ from unittest import mock
 
 import torch
 import tyro
-from common import cpu_name
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import sslfast
+from sslfast.bench.run import about
 from sslfast.ops import _backend
 from sslfast.train import augment, config, distillation, loop, methods, sources
 from sslfast.train.checkpoint import write_text
@@ -367,11 +367,11 @@ def main(
         again: repeat runs that are in the file.
     """
     console = Console(width=150)
-    path = json_out / cpu_name() / ("parity-quick.json" if quick else "parity.json")
+    head = about(torch.device("cpu"))
+    path = json_out / head["device"] / ("parity-quick.json" if quick else "parity.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {"runs": [], "recipes": {}}
-    results = {"device": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    results |= {"lightly": LIGHTLY or before.get("lightly"), "sslfast": sslfast.__version__}
+    results = {**head, "lightly": LIGHTLY or before.get("lightly")}
     results |= {"differs": DIFFERS, "recipes": before["recipes"], "runs": before["runs"]}
     for name in methods:
         recipe = setting(name, data, quick)[-1]
@@ -384,7 +384,7 @@ def main(
             known = [x for x in results["runs"] if {**x, **label} == x]
             if not again and any(x["recipe"] == key for x in known):
                 continue
-            found = {**run(name, variant, seed, data, quick), "recipe": key}
+            found = {**run(name, variant, seed, data, quick), "recipe": key, "commit": head["commit"]}
             results["runs"] = [x for x in results["runs"] if x not in known] + [found]
             write(results, path)
             console.print(f"{name}, {variant}, seed {seed}: {found['seconds']:.0f} s, {found['accuracies']}")

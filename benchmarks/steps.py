@@ -3,9 +3,9 @@ where it is installed, with lightly's losses and helpers; --json-out keeps them.
 
 All have the same networks, optimizer and views. Before anything is timed, each takes its first step from the
 same weights in float32: a loss, a gradient, a teacher, queue or centre unlike plain PyTorch's is refused.
-Implementations alternate in one process. Views exist already, but for sslfast's share of each phase, which is
-measured with them. Memory is the peak of one step beyond what is held before it: weights, the optimizer's
-state, views; on a CPU it is resident memory in a fresh process.
+Implementations alternate in one process, in another order in each round. Views exist already, but for sslfast's
+share of each phase, which is measured with them. Memory is the peak of one step beyond what is held before it:
+weights, the optimizer's state, views; on a CPU it is resident memory in a fresh process.
 
     python benchmarks/steps.py --json-out benchmarks/results
     python benchmarks/steps.py --device cuda --json-out benchmarks/results
@@ -16,8 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
+import random
 import subprocess
 import sys
 import time
@@ -29,14 +28,14 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from common import cpu_name, json_path, keep, status
+from common import json_path, keep, status
 from rich.console import Console
 from rich.table import Table
 from steps_cases import CASES, SEED, Case, Outcome, Step, collect, out_of_memory
 from steps_plain import installed
 from torch import Tensor
 
-import sslfast
+from sslfast.bench.run import about
 from sslfast.train.budget import Budget, phase, running
 
 LIMITS = {"loss_error": 1e-4, "gradient_error": 1e-3, "state_error": 1e-2}  # in float32
@@ -62,7 +61,7 @@ def main(
     """
     Args:
         methods: which; none: all.
-        rounds: alternations, each of which times every implementation once; 0: 7 on a CPU, 20 on a GPU.
+        rounds: alternations, each of which times every implementation once; 0: 11 on a CPU, 20 on a GPU.
         json_out: where to write the results; a folder gets <device>/steps.json.
         memory: also measure memory, on a CPU in a process for each implementation.
         quick: tiny networks, two rounds, memory of the first method alone: whether it runs.
@@ -76,16 +75,16 @@ def main(
     console = Console(width=130)
     whole = header(device, quick)
     console.print(f"{whole['device']}, {whole['threads']} threads, torch {whole['torch']}")
-    path = json_path(json_out, re.sub(r"[^a-z0-9.]+", "-", whole["device"].lower()).strip("-"), "steps.json")
-    rounds = rounds or (2 if quick else 7 if device == "cpu" else 20)
+    path = json_path(json_out, whole["device"], "steps.json")
+    rounds = rounds or (2 if quick else 11 if device == "cpu" else 20)
     refused, others = [], earlier(path, whole)
     for i, case in enumerate(cases):
         try:
             rows = run_case(case, device, rounds, memory and not (quick and i), quick)
         except Wrong as error:
             refused.append(str(error))
-            rows = [{**about(case, "plain"), "why_not_timed": str(error)}]
-        whole["steps"] += rows
+            rows = [{**titled(case, "plain"), "why_not_timed": str(error)}]
+        whole["steps"] += [{**row, "commit": whole["commit"]} for row in rows]
         keep(path, whole | {"steps": merged(others, whole["steps"])})
         show(rows, console)
     show_budget(whole["steps"], console)
@@ -97,11 +96,7 @@ def main(
 
 def header(device: str, quick: bool) -> dict[str, Any]:
     lightly = importlib.metadata.version("lightly") if importlib.util.find_spec("lightly") else None
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "sslfast": sslfast.__version__,
-        "lightly": lightly, "python": platform.python_version(), "quick": quick, "steps": [],
-    }  # fmt: skip
+    return {**about(torch.device(device)), "lightly": lightly, "quick": quick, "steps": []}
 
 
 def earlier(path: Path | None, whole: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,7 +105,8 @@ def earlier(path: Path | None, whole: dict[str, Any]) -> list[dict[str, Any]]:
     if path and path.exists():
         with suppress(ValueError):
             found = json.loads(path.read_text())
-    return found["steps"] if found.keys() == whole.keys() and found | {"steps": []} == whole else []
+    same = {key: value for key, value in whole.items() if key not in ("commit", "steps")}
+    return found["steps"] if found | same == found else []
 
 
 def merged(others: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,7 +114,7 @@ def merged(others: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
     return [row for row in others if row["title"] not in titles] + rows
 
 
-def about(case: Case, name: str) -> dict[str, Any]:
+def titled(case: Case, name: str) -> dict[str, Any]:
     keys = ("title", "method", "backbone", "size", "batch", "dtype")
     return {**{key: getattr(case, key) for key in keys}, "name": name}
 
@@ -127,7 +123,7 @@ def run_case(
     case: Case, device: str, rounds: int, memory: bool = True, quick: bool = False
 ) -> list[dict[str, Any]]:
     """A row for each implementation; raises Wrong where ours and plain PyTorch's are not the same."""
-    rows = {name: about(case, name) for name in installed()}
+    rows = {name: titled(case, name) for name in installed()}
     batch = case.batch if device == "cpu" else min(case.batch, CHECKED)
     for name, found in checked(case, device, batch, list(rows)).items():
         rows[name].update(found)
@@ -216,10 +212,11 @@ def timed(case: Case, device: str, rounds: int, names: list[str]) -> dict[str, d
         steps[VIEWS] = steps["sslfast"]
     samples: dict[str, list[float]] = {name: [] for name in steps}
     warm = 1 if device == "cpu" else 2  # beside the first step
+    order = random.Random(SEED)
     for i in range(warm + rounds):
         if i == warm:
             budget.reset()
-        for name, step in list(steps.items()):
+        for name, step in order.sample(list(steps.items()), len(steps)):
             run = partial(with_views, step, budget) if name == VIEWS else partial(step, step.views)
             with step.changed():
                 ms = attempt(name, partial(milliseconds, run, device))
