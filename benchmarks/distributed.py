@@ -53,7 +53,8 @@ warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is
 def main(
     json_out: Path | None = None, only: str = "", device: Literal["cpu", "cuda"] = "cpu", quick: bool = False
 ) -> None:
-    """
+    """Measures what `only` names, all if it is empty.
+
     Args:
         json_out: where to write the results; a folder gets <device>/distributed.json, which keeps the
             sections that this run leaves out.

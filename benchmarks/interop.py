@@ -46,7 +46,8 @@ def main(
     rows: int = 0,
     limited: bool = False,
 ) -> None:
-    """
+    """Times each drop-in beside what it replaces.
+
     Args:
         json_out: where to write the results; a folder gets <device>/interop.json.
         device: "cpu" or "cuda".

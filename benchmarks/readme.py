@@ -1,5 +1,5 @@
-"""Writes the figures of README.md out of benchmarks/results/, between its lines `<!-- figures: NAME -->` and
-`<!-- end -->`. With --check it only says whether they are there.
+"""Writes the figures of README.md and docs/benchmarks.md out of benchmarks/results/, between their lines
+`<!-- figures: NAME -->` and `<!-- end -->`. With --check it only says whether they are there.
 
     make readme
 """
@@ -16,6 +16,7 @@ from sslfast.bench import page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 CPU = "amd-epyc-2cpu"
 MACHINE = "2 threads of an AMD EPYC with AVX-512"
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.S)
@@ -62,11 +63,14 @@ def by_case(whole: dict[str, Any]) -> dict[tuple, dict[str, Row]]:
     return found
 
 
-def ops(device: str = CPU) -> str:
+def ops(device: str = CPU, every: bool = False) -> str:
+    """every: size of an op, not its largest alone."""
     whole = read("bench", device)
+    cases = {case: own for case, own in by_case(whole).items() if "ms" in own.get("sslfast", {})}
+    last = {(op, variant, dtype): shape for op, variant, shape, dtype in cases}
     lines = []
-    for (op, variant, shape, dtype), own in by_case(whole).items():
-        if "ms" not in own.get("sslfast", {}):
+    for (op, variant, shape, dtype), own in cases.items():
+        if not every and shape != last[op, variant, dtype]:
             continue
         what = f"`{op}`{', ' * bool(variant)}{variant}{f', {dtype}' * (dtype != 'float32')}"
         name = "eager" if "eager" in own else "reference"
@@ -88,6 +92,10 @@ def ops(device: str = CPU) -> str:
     products = ", ".join(f"{rate:,.0f} ({name})" for name, rate in rates["gflops"].items())
     about = f"torch {whole['torch']}; the machine: matrix products {products} GFLOP/s, memory "
     return f"{about}{rates['gbps']:.0f} GB/s.\n\n" + table(head, lines)
+
+
+def every_op() -> str:
+    return ops(every=True)
 
 
 def told(row: Row) -> str:
@@ -112,14 +120,33 @@ def scaling() -> str:
 
 
 def gpus() -> str:
-    found = [
-        path.parent.name
-        for path in sorted(RESULTS.glob("*/bench.json"))
-        if "driver" in json.loads(path.read_text())
-    ]
+    found = [name for name in others() if "driver" in read("bench", name)]
     if not found:
         return "Not measured yet: the kernels have run in Triton's interpreter and its compiler only."
-    return "\n\n".join(f"### {name}\n\n{ops(name)}" for name in found)
+    return "\n\n".join(f"{name}: {ops(name)}" for name in found)
+
+
+def machines() -> str:
+    """Of those other than CPU all that was measured."""
+    parts = {
+        "bench": lambda name: ops(name, every=True),
+        "steps": steps,
+        "augment": views,
+        "distributed": ranks,
+    }
+    found = [
+        f"## {name}\n\n"
+        + "\n\n".join(
+            show(name) for file, show in parts.items() if (RESULTS / name / f"{file}.json").exists()
+        )
+        for name in others()
+    ]
+    return "\n\n".join(found) or "No other machine has been measured yet."
+
+
+def others() -> list[str]:
+    """Devices other than CPU of which there are figures of ops."""
+    return [path.parent.name for path in sorted(RESULTS.glob("*/bench.json")) if path.parent.name != CPU]
 
 
 # The other files.
@@ -151,8 +178,8 @@ def dropins() -> str:
     return f"{versions}.\n\n" + table(head, lines)
 
 
-def ranks() -> str:
-    whole = read("distributed")
+def ranks(device: str = CPU) -> str:
+    whole = read("distributed", device)
     found: dict[int, dict[str, Row]] = {}
     for row in whole["steps"]["results"]:
         found.setdefault(row["processes"], {})[row["name"]] = row
@@ -166,8 +193,8 @@ def ranks() -> str:
     return table(["processes", "plain", "gather", "ring", "sent by each: plain / gather / ring"], lines)
 
 
-def views() -> str:
-    whole = read("augment")
+def views(device: str = CPU) -> str:
+    whole = read("augment", device)
     found: dict[tuple, dict[str, Row]] = {}
     for row in whole["augment"]:
         if row["dtype"] == "float32":
@@ -184,10 +211,10 @@ def views() -> str:
     return f"kornia {whole['kornia']}, Pillow {whole['pillow']}.\n\n" + table(head, lines)
 
 
-def steps() -> str:
-    if not (RESULTS / CPU / "steps.json").exists():
+def steps(device: str = CPU) -> str:
+    if not (RESULTS / device / "steps.json").exists():
         return "Not measured yet."
-    whole = read("steps")
+    whole = read("steps", device)
     found: dict[str, dict[str, Row]] = {}
     for row in whole["steps"]:
         found.setdefault(row["title"], {})[row["name"]] = row
@@ -283,12 +310,25 @@ def methods() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (scaling, demo, dropins, methods, ops, gpus, ranks, views, steps, parity)
+    for function in (
+        scaling,
+        demo,
+        dropins,
+        methods,
+        ops,
+        every_op,
+        gpus,
+        machines,
+        ranks,
+        views,
+        steps,
+        parity,
+    )
 }
 
 
 def written(text: str) -> str:
-    """The README with the figures of now.
+    """A text with the figures of now.
 
     Raises:
         ValueError: a block of another name.
@@ -303,13 +343,15 @@ def written(text: str) -> str:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = written(text)
+    texts = {path: path.read_text() for path in FILES}
+    new = {path: written(text) for path, text in texts.items()}
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md and benchmarks/results/ disagree: make readme" if new != text else 0)
+        wrong = [path.name for path in FILES if new[path] != texts[path]]
+        sys.exit(f"{', '.join(wrong)} and benchmarks/results/ disagree: make readme" if wrong else 0)
     (RESULTS / CPU / "scaling.png").write_bytes(page.scaling(read("scaling")["rows"], "ntxent_loss, float32"))
-    path.write_text(new)
+    (RESULTS / CPU / "roofline.png").write_bytes(page.roofline(read("bench")))
+    for path in FILES:
+        path.write_text(new[path])
 
 
 if __name__ == "__main__":

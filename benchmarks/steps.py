@@ -3,9 +3,9 @@ where it is installed, with lightly's losses and helpers; --json-out keeps them.
 
 All have the same networks, optimizer and views. Before anything is timed, each takes its first step from the
 same weights in float32: a loss, a gradient, a teacher, queue or centre unlike plain PyTorch's is refused.
-Implementations alternate in one process, in another order in each round. Views exist already, but for sslfast's
-share of each phase, which is measured with them. Memory is the peak of one step beyond what is held before it:
-weights, the optimizer's state, views; on a CPU it is resident memory in a fresh process.
+Implementations alternate in one process, in another order in each round. Views exist already, but for
+sslfast's share of each phase, which is measured with them. Memory is the peak of one step beyond what is held
+before it: weights, the optimizer's state, views; on a CPU it is resident memory in a fresh process.
 
     python benchmarks/steps.py --json-out benchmarks/results
     python benchmarks/steps.py --device cuda --json-out benchmarks/results
@@ -58,7 +58,8 @@ def main(
     quick: bool = False,
     memory_of: str = "",
 ) -> None:
-    """
+    """Times the steps of these methods.
+
     Args:
         methods: which; none: all.
         rounds: alternations, each of which times every implementation once; 0: 11 on a CPU, 20 on a GPU.

@@ -22,7 +22,8 @@ from sslfast.ops import _backend
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 FILES = [README, *sorted(DOCS.glob("*.md"))]
-PAGES = [path for path in FILES[1:] if path.stem not in ("README", "losses")]
+GUIDES = ("README", "losses", "distributed", "training", "benchmarks")
+PAGES = [path for path in FILES[1:] if path.stem not in GUIDES]
 HEADINGS = ["Equation", "Shapes", "Use", "Numerics", "Cost", "Backends"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -93,7 +94,8 @@ SECTIONS = {
     "Losses": lambda: {
         "image": leaf(6, 8), "text": leaf(6, 8), "logit_scale": torch.tensor(10.0),
         "logit_bias": torch.tensor(-10.0), "features": leaf(6, 8), "labels": torch.arange(6) % 3,
-        "x": leaf(6, 8), "hidden": leaf(6, 8), "lm_head": torch.nn.Linear(8, 20),
+        "x": leaf(6, 8), "query": leaf(6, 8), "key": leaf(6, 8), "memory": leaf(4, 8), "hidden": leaf(6, 8),
+        "lm_head": torch.nn.Linear(8, 20),
     },
     "Many GPUs, one batch": lambda: {
         "z1": leaf(6, 8), "z2": leaf(6, 8), "view1": leaf(6, 5), "view2": leaf(6, 5), **network()
@@ -190,7 +192,11 @@ def test_make_targets_exist():
 def test_options_in_the_text_exist():
     """Those of a span that begins with one belong to one command, or to one benchmark."""
     methods = importlib.import_module("sslfast.train.methods").NAMES
-    texts = [help_of("train", method) for method in methods] + [help_of("eval"), help_of("report")]
+    texts = [help_of("train", method) for method in methods] + [
+        help_of("eval"),
+        help_of("report"),
+        help_of("bench"),
+    ]
     texts += [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
     for span in (span for path in FILES for span in spans(path) if span.startswith("--")):
         options = [word for word in span.split() if word.startswith("--")]
@@ -209,9 +215,10 @@ def figures():
 
 
 def test_figures_are_those_of_the_results(figures, monkeypatch):
-    text = README.read_text()
-    assert figures.written(text) == text, "README.md and benchmarks/results/ disagree: make readme"
-    assert set(re.findall(r"<!-- figures: ([\w-]+) -->", text)) == set(figures.FIGURES)
+    for path in figures.FILES:
+        assert figures.written(path.read_text()) == path.read_text(), f"{path} disagrees: make readme"
+    text = "".join(path.read_text() for path in figures.FILES)
+    assert sorted(re.findall(r"<!-- figures: ([\w-]+) -->", text)) == sorted(figures.FIGURES)
     read = figures.read
 
     def lower(value):

@@ -13,6 +13,7 @@ from sslfast.bench.contrastive_plain import (
     plain_byol,
     plain_clip,
     plain_dcl,
+    plain_hard_negatives,
     plain_info_nce,
     plain_koleo,
     plain_lse,
@@ -241,6 +242,7 @@ CASES = (
         **_VIEWS,
         work=symmetric,
         ours=lambda z1, z2: sslfast.hard_negative_ntxent_loss(z1, z2),
+        plain=plain_hard_negatives,
     ),
     Case(
         "triplet_margin_loss",

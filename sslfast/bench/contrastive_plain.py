@@ -1,5 +1,7 @@
 """Losses of a matrix of similarities in plain PyTorch, as most code has them."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +68,19 @@ def plain_dcl(z1: Tensor, z2: Tensor) -> Tensor:
     positive = logits[index, index.roll(n)]
     left_out = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
     return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - positive).mean()
+
+
+def plain_hard_negatives(z1: Tensor, z2: Tensor) -> Tensor:
+    """As HCL's main.py, beta 1 and tau_plus 0.1: exponentials of all pairs, then a boolean selection."""
+    n, z = len(z1), F.normalize(torch.cat((z1, z2)), dim=1)
+    negatives = ~torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+    neg = (wide(z @ z.T) / 0.5).exp().masked_select(negatives).view(2 * n, -1)
+    pos = (wide(z[:n] * z[n:]).sum(1) / 0.5).exp().repeat(2)
+    weight = neg.log().exp()  # to the power of beta
+    total = (weight * neg).sum(1) / weight.mean(1)
+    count = 2 * n - 2
+    total = ((total - 0.1 * count * pos) / (1 - 0.1)).clamp(min=count * math.exp(-1 / 0.5))
+    return -(pos / (pos + total)).log().mean()
 
 
 def plain_koleo(features: Tensor) -> Tensor:
