@@ -129,7 +129,7 @@ def _views() -> dict[str, Kernel]:
     strides, flags = (*sides, "classes"), {"CENTER": True, "SOFTMAX": True, "T": count}
     tiles = {**flags, "BLOCK": block}
     merged = {"SOFTMAX": True, "SKIP": True, "T": count, "J": 65_536 // block}
-    ours = {**tiles, "SKIP": True, "LOSS": False}
+    ours = {**tiles, "SKIP": True}
     plain = (("fp32", "fp32"),)
     k, s = soft_cross_entropy, sinkhorn
     factors, lengths, passed = (
@@ -144,9 +144,6 @@ def _views() -> dict[str, Kernel]:
         "views: forward": Kernel(k.forward, types, tiles, warps, strides),
         "views: merge": Kernel(k.merge, types, merged, 1, pairs=plain),
         "views: backward": Kernel(k.backward, types, ours, warps, strides, wide=True),
-        "views: a slice": Kernel(
-            k.backward, types, {**ours, "LOSS": True}, warps, strides, pairs=plain, quick=(90,)
-        ),
         "sinkhorn: classes": Kernel(s.over_classes, passed, wide, 4, lengths, pairs=sources),
         "sinkhorn: rows": Kernel(
             s.over_rows, passed, {**factors, "ROWS": rows, "BLOCK": columns}, 4, lengths, pairs=sources

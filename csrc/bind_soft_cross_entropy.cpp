@@ -37,10 +37,10 @@ struct Call {
 
 void forward(Call& call, uintptr_t loss) { SSLFAST_CHOOSE(active_isa(), soft_cross_entropy(call.p, at<void>(loss))); }
 
-void backward(Call& call, uintptr_t upstream, const Address& dlogits, uintptr_t loss) {
+void backward(Call& call, uintptr_t upstream, const Address& dlogits) {
   const int64_t strides[2] = {std::get<1>(dlogits), std::get<2>(dlogits)};
-  SSLFAST_CHOOSE(active_isa(), soft_cross_entropy_backward(call.p, at<void>(upstream), at<void>(std::get<0>(dlogits)),
-                                                           strides, at<void>(loss)));
+  SSLFAST_CHOOSE(active_isa(),
+                 soft_cross_entropy_backward(call.p, at<void>(upstream), at<void>(std::get<0>(dlogits)), strides));
 }
 
 }  // namespace

@@ -112,15 +112,12 @@ def merge(
 
 @triton.jit
 def backward(
-    dlogits_ptr, loss_ptr, upstream_ptr, logits_ptr, target_ptr, center_ptr, state_ptr, mass_ptr,
-    target_state_ptr, out_view_stride, out_batch_stride, view_stride, batch_stride, target_view_stride,
-    target_batch_stride, views, targets, batch, classes, stretches, scale, rate, target_rate,
-    CENTER: tl.constexpr, SOFTMAX: tl.constexpr, SKIP: tl.constexpr, LOSS: tl.constexpr, T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dlogits_ptr, upstream_ptr, logits_ptr, target_ptr, center_ptr, state_ptr, mass_ptr, target_state_ptr,
+    out_view_stride, out_batch_stride, view_stride, batch_stride, target_view_stride, target_batch_stride,
+    views, targets, batch, classes, stretches, scale, rate, target_rate,
+    CENTER: tl.constexpr, SOFTMAX: tl.constexpr, SKIP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlogits = upstream scale (mass softmax - Q); dlogits may be the logits. Rates are signed here. LOSS:
-    where the classes are a slice of those of the states, loss [S, B, J] is each stretch's share,
-    sum_k Q_k (log2_sum - power_k)."""
+    """dlogits = upstream scale (mass softmax - Q); dlogits may be the logits. Rates are signed here."""
     program = tl.program_id(0)
     image, stretch = (program // stretches).to(tl.int64), program % stretches
     k, t = stretch * BLOCK + tl.arange(0, BLOCK), tl.arange(0, T)
@@ -140,11 +137,7 @@ def backward(
         met = q
         if SKIP:
             met = tl.where((t != v)[:, None], q, 0.0)
-        sum_met = tl.sum(met, 0)
-        if LOSS:
-            share = tl.sum(tl.where(k < classes, sum_met * -power, 0.0), 0)
-            tl.store(loss_ptr + row * stretches + stretch, share * 0.6931471805599453)
-        d = gain * (tl.load(mass_ptr + row) * tl.exp2(power) - sum_met)
+        d = gain * (tl.load(mass_ptr + row) * tl.exp2(power) - tl.sum(met, 0))
         out = (image * 0 + v) * out_view_stride + image * out_batch_stride + k
         tl.store(dlogits_ptr + out, _narrow(d, dlogits_ptr.dtype.element_ty), k < classes)
 
@@ -188,18 +181,15 @@ def launch_forward(
 def launch_backward(
     dlogits: torch.Tensor, upstream: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor,
     center: torch.Tensor | None, state: torch.Tensor, mass: torch.Tensor, target_state: torch.Tensor,
-    scale: float, target_scale: float, softmax: bool, skip: bool, loss: torch.Tensor | None = None,
+    scale: float, target_scale: float, softmax: bool, skip: bool,
 ) -> None:  # fmt: skip
-    """loss [S, B]: to grow by these classes' share, where they are a slice of those of the states."""
+    """The classes may be a slice of those that the states are of."""
     (views, batch, classes), many = logits.shape, len(targets)
     count, block, warps = _block(many, classes)
     stretches = triton.cdiv(classes, block)
-    part = mass if loss is None else mass.new_empty(views, batch, stretches)
     backward[(batch * stretches,)](
-        dlogits, part, upstream, logits, targets, mass if center is None else center, state, mass,
+        dlogits, upstream, logits, targets, mass if center is None else center, state, mass,
         target_state, *dlogits.stride()[:2], *logits.stride()[:2], *targets.stride()[:2], views, many, batch,
         classes, stretches, scale, scale * LOG2E, target_scale * LOG2E, center is not None, softmax, skip,
-        loss is not None, count, block, num_warps=warps,
+        count, block, num_warps=warps,
     )  # fmt: skip
-    if loss is not None:
-        loss += part.sum(2)

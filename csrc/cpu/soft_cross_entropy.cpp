@@ -172,29 +172,13 @@ void forward(const SoftCrossEntropy& p, void* loss) {
   });
 }
 
-// sum_k Q_k (log2_sum - power_k), none of whose terms is negative: the loss where the state is that of the whole row
-template <class T, class W>
-double met(const T* __restrict x, const W* __restrict q, State<W> s, W rate, int64_t n) {
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    Lanes<W> part(0);
-    each_lane(begin, end, [&](int64_t k, int lane) {
-      part.at[lane] += q[k] * (s.log2_sum - (static_cast<W>(widen(x[k])) - s.top) * rate);
-    });
-    sum += static_cast<double>(part.sum());
-  }
-  return kLn2 * sum;
-}
-
 template <class T, class U, class W>
-void backward(const SoftCrossEntropy& p, const W* upstream, T* dlogits, const int64_t* strides, W* loss) {
+void backward(const SoftCrossEntropy& p, const W* upstream, T* dlogits, const int64_t* strides) {
   const auto rate = static_cast<W>(p.scale * kLog2e);
   each_view<T, U, W>(p, [&](int64_t v, int64_t b, const T* x, const W* q) {
     const int64_t at = v * p.batch + b;
     T* const dx = dlogits + v * strides[0] + b * strides[1];
     const State<W> s = static_cast<const State<W>*>(p.state)[at];
-    if (loss) loss[at] += static_cast<W>(met(x, q, s, rate, p.classes));
     const W mass = static_cast<const W*>(p.mass)[at];
     const W gain = upstream[at] * static_cast<W>(p.scale);
 #pragma omp simd
@@ -241,12 +225,11 @@ void soft_cross_entropy(const SoftCrossEntropy& p, void* loss) {
 }
 
 void soft_cross_entropy_backward(const SoftCrossEntropy& p, const void* upstream, void* dlogits,
-                                 const int64_t strides[2], void* loss) {
+                                 const int64_t strides[2]) {
   for_dtypes(p, [&](auto t, auto u, auto w) {
     using T = decltype(t);
     using W = decltype(w);
-    backward<T, decltype(u), W>(p, static_cast<const W*>(upstream), static_cast<T*>(dlogits), strides,
-                                static_cast<W*>(loss));
+    backward<T, decltype(u), W>(p, static_cast<const W*>(upstream), static_cast<T*>(dlogits), strides);
   });
 }
 

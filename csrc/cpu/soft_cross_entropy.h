@@ -28,9 +28,8 @@ struct SoftCrossEntropy {
 // loss [views, batch], and the states; all of the working dtype.
 SSLFAST_PER_ISA(void soft_cross_entropy(const SoftCrossEntropy&, void* loss);)
 // dlogits of the logits' dtype and strides (and perhaps their memory) = upstream_vb scale (W_vb softmax_vb - Q_vb).
-// Where `classes` are a slice of those that the states are of, `loss` [views, batch] is to grow by the slice's share
-// of it; or null.
+// `classes` may be a slice of those that the states are of.
 SSLFAST_PER_ISA(void soft_cross_entropy_backward(const SoftCrossEntropy&, const void* upstream, void* dlogits,
-                                                 const int64_t dlogits_strides[2], void* loss);)
+                                                 const int64_t dlogits_strides[2]);)
 
 }  // namespace sslfast

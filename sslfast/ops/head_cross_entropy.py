@@ -4,8 +4,8 @@
     loss_vb = -sum_k Q_vbk log softmax_k(scale s_vb),   Q_vb = sum_t q_tb of all t, or all but v
 
 Prototypes come in chunks: two small products give their logits, in cache, and the kernels of
-`soft_cross_entropy` meet those. A first walk leaves the log-sum-exp of every row, on both sides. With it the
-second one adds up losses, and in the backward pass turns the student's logits in place into
+`soft_cross_entropy` meet those. The forward walk merges cross-entropies and log-sum-exps of the chunks; with
+the latter the backward walk turns the student's logits in place into
 
     G = upstream scale (W softmax(scale s) - Q),      df += G w,    dw = G^T f
 
@@ -22,7 +22,7 @@ from sslfast.ops._check import autocast, working_dtype
 from sslfast.ops._library import define, once_differentiable
 from sslfast.ops.soft_cross_entropy import reference as reference_on_logits
 
-LOG2E = 1.4426950408889634
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 def reference(
@@ -88,21 +88,23 @@ class _Walk:
             )
             yield some, w, (logits, targets, None if self.center is None else self.center[some])
 
-    def states(self) -> tuple[Tensor, Tensor]:
-        """Of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them."""
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B], and states of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them."""
+        views, count = self.shapes[0][0], self.shapes[1][0]
         both: tuple[Tensor, ...] = ()
-        for _, _, given in self.chunks():
-            found = self.kernels.forward(*given, *self.options)[1::2]
-            pairs = zip(both, found, self.options, strict=False)
-            both = tuple(_merge(torch.stack((x, y)), scale) for x, y, scale in pairs) if both else found
-        return both[0], both[1]
-
-    def losses(self, state: Tensor, target_state: Tensor) -> Tensor:
-        """[S, B]"""
-        loss = torch.zeros_like(self.mass)
-        for _, _, given in self.chunks():
-            self._meet(self.mass, given, state, target_state, loss)
-        return loss
+        for _, _, (logits, targets, center) in self.chunks():
+            pairs = [
+                self.kernels.forward(logits, targets[t : t + 1], center, *self.options[:3], False)
+                for t in range(count)
+            ]
+            loss, _, _, target_state = (torch.stack(x) for x in zip(*pairs, strict=True))
+            found = loss, pairs[0][1], target_state.squeeze(1)
+            both = _merge(both, found, *self.options[:2]) if both else found
+        loss, state, target_state = both
+        if self.options[3]:
+            same = torch.arange(min(views, count), device=loss.device)
+            loss[same, same] = 0
+        return loss.sum(0), state, target_state
 
     def gradients(
         self, upstream: Tensor, state: Tensor, target_state: Tensor, trained: bool
@@ -112,8 +114,10 @@ class _Walk:
         df = torch.zeros_like(self.features, dtype=upstream.dtype)
         kind = torch.promote_types(self.prototypes.dtype, upstream.dtype)
         dw = df.new_empty(self.prototypes.shape if trained else 0, dtype=kind)
+        backward = self.kernels.backward
+        assert backward is not None
         for some, w, given in self.chunks():
-            self._meet(upstream, given, state, target_state)
+            backward(given[0], upstream, *given, state, self.mass, target_state, *self.options)  # in place
             weights = given[0].flatten(0, 1).to(w.dtype)
             if trained and kind == upstream.dtype:
                 _product(weights.t(), self.features, dw[some])
@@ -122,21 +126,30 @@ class _Walk:
             df += _product(weights, w)
         return df, dw
 
-    def _meet(self, upstream, given, state, target_state, loss=None) -> None:
-        """The logits become G."""
-        backward = self.kernels.backward
-        assert backward is not None
-        backward(given[0], upstream, *given, state, self.mass, target_state, *self.options, loss=loss)
+
+def _merge(
+    old: tuple[Tensor, ...], new: tuple[Tensor, ...], scale: float, target_scale: float
+) -> tuple[Tensor, ...]:
+    """Cross-entropies [T, S, B], states [S, B, 2], [T, B, 2] of two sets of prototypes -> of both. A target
+    is split among them; a set's cross-entropy grows by what the other one adds to the log-sum-exp."""
+    losses, states, target_states = (torch.stack(x) for x in zip(old, new, strict=True))
+    state, rises = _merge_states(states, scale)
+    target_state, target_rises = _merge_states(target_states, target_scale)
+    none = (target_states[..., 0] * target_scale == -torch.inf) & target_rises.isposinf()  # of its weight
+    share = (-target_rises).exp2()[:, :, None]
+    grown = (losses + LN2 * rises[:, None]).where(~none[:, :, None], rises[:, None])
+    return (share * grown).sum(0), state, target_state
 
 
-def _merge(states: Tensor, scale: float) -> Tensor:
-    """States [C, S, B, 2] of chunks -> of both together [S, B, 2]."""
+def _merge_states(states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[2, R, B, 2] -> [R, B, 2] of both together, and by how much log2 of the sum is above each [2, R, B]."""
     tops, sums = states.unbind(3)
     top = tops.amin(0) if scale < 0 else tops.amax(0)
     powers = sums + torch.where(tops == top, 0.0, tops - top) * (scale * LOG2E)
     weightless = tops * scale == -torch.inf  # a chunk that is masked out
-    total = powers.masked_fill(weightless & (tops != top), -torch.inf).exp2().sum(0)
-    return torch.stack((top, total.log2()), 2)
+    powers = powers.masked_fill(weightless & (tops != top), -torch.inf)
+    total = powers.exp2().sum(0).log2()
+    return torch.stack((top, total), 2), total - powers
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -150,8 +163,7 @@ def _implementation(backend: str):
     def forward(features, *others):
         with torch.autocast(features.device.type, enabled=False):
             walk = _Walk(backend, features, *others)
-            states = walk.states()
-            return walk.losses(*states), *states
+            return walk.losses()
 
     def backward(upstream, state, target_state, trained, features, prototypes, target_features, *others):
         # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves

@@ -80,17 +80,14 @@ def _cpu_forward(logits, targets, center, scale, target_scale, softmax, skip):
     return loss, state, mass, target_state
 
 
-def _cpu_backward(out, upstream, logits, targets, center, state, mass, target_state, *options, loss=None):
-    """loss [S, B]: to grow by these classes' share, where they are a slice of those of the states."""
+def _cpu_backward(out, upstream, logits, targets, center, state, mass, target_state, *options):
+    """The classes may be a slice of those that the states are of."""
     if not out.numel():
         return
     call = _call(logits, targets, center, state, mass, target_state, *options)
     at, strides = _backend.strided("dlogits", out, logits.dtype, logits.shape, logits.device)
     of_rows = mass.dtype, mass.shape, mass.device
-    call.backward(
-        _backend.pointer("upstream", upstream, *of_rows), (at, *strides[:2]),
-        _backend.pointer("loss", loss, *of_rows),
-    )  # fmt: skip
+    call.backward(_backend.pointer("upstream", upstream, *of_rows), (at, *strides[:2]))
 
 
 def _triton_forward(logits, targets, center, *options):
@@ -103,12 +100,12 @@ def _triton_forward(logits, targets, center, *options):
     return loss, *states
 
 
-def _triton_backward(out, *args, loss=None):
+def _triton_backward(out, *args):
     from sslfast.kernels import soft_cross_entropy as kernels
 
     if out.numel():
         with _backend.device_of(out):
-            kernels.launch_backward(out, *args, loss)
+            kernels.launch_backward(out, *args)
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
