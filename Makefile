@@ -57,13 +57,15 @@ format: $(READY)
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-# All figures of the README that need no other library than `make test` installs, then the README itself.
+# Ops, batches, views, processes, training steps, beside the libraries that are installed: an hour. With all of them:
+# make bench-interop bench MEASURED=.venv-interop/bin
+MEASURED := $(BIN)
 bench: $(READY)
-	$(BIN)/sslfast bench --json benchmarks/results
-	$(BIN)/sslfast bench ntxent_loss --sizes 256 1024 4096 16384 32768 --json benchmarks/results --name scaling
-	$(BIN)/python benchmarks/augment.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/distributed.py --json-out benchmarks/results
-	$(BIN)/python benchmarks/steps.py --json-out benchmarks/results
+	$(MEASURED)/sslfast bench --json benchmarks/results
+	$(MEASURED)/sslfast bench ntxent_loss --sizes 256 1024 4096 16384 32768 --json benchmarks/results --name scaling
+	$(MEASURED)/python benchmarks/augment.py --json-out benchmarks/results
+	$(MEASURED)/python benchmarks/distributed.py --json-out benchmarks/results
+	$(MEASURED)/python benchmarks/steps.py --json-out benchmarks/results
 	$(BIN)/python benchmarks/projection.py
 
 readme: $(READY)

@@ -393,6 +393,10 @@ def main(
     for name, found in results["summary"].items():
         show(name, found, console)
     console.print(f"wrote {path}")
+    apart = {name: [v for v, x in found["variants"].items() if not x["coincides"]]
+             for name, found in results["summary"].items()}  # fmt: skip
+    if any(apart.values()):
+        raise SystemExit(f"differ from ours in the first update: {apart}")
 
 
 if __name__ == "__main__":

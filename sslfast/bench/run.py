@@ -67,7 +67,7 @@ def bench(
         memory_gib: what an implementation may have on the CPU; 0: nine tenths of what is free. Those that
             need more are not timed.
         seconds: about how long to time each op, size, dtype and pass.
-        minutes: begin no further op after so many; 0: measure all.
+        minutes: begin no further size after so many; 0: measure all.
         repeats: whole measurements, whose spread tells noise from change; 0: three with a baseline,
             otherwise one.
         json: file to write, or a folder, for DEVICE/NAME.json there. Rows of other ops that are in it of the
@@ -111,12 +111,14 @@ def bench(
     end = time.monotonic() + (60 * minutes or math.inf)
     for repeat in range(repeats or (3 if baseline else 1)):
         for case in cases:
-            if time.monotonic() > end:
-                console.print(f"{case.name}: left out for lack of time")
-                continue
-            rates = measure.ceilings(chosen_device, measured)  # anew, since machines change their pace
+            rates: dict[str, Any] = {}
             for of in (x for x in measured if str(x).removeprefix("torch.") in case.dtypes):
                 for size in case.sizes_on(chosen_device, sizes):
+                    if time.monotonic() > end:
+                        console.print(f"{case.name}, {size}: left out for lack of time")
+                        continue
+                    # anew for each case, since machines change their pace
+                    rates = rates or measure.ceilings(chosen_device, measured)
                     found = rows(case, size, of, chosen_device, rates, options, memory, gib, seconds)
                     show(found, console)
                     whole["rows"] += [{**row, "repeat": repeat, "commit": whole["commit"]} for row in found]
