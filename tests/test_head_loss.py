@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from interpreter import grid_order, guarded, inside_nan, interpreted
+from interpreter import INTERPRETED, grid_order, guarded, inside_nan, interpreted
 from sslfast.kernels import tuning
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,11 +121,34 @@ def test_float16_weights_as_a_gpu_has_them_neither_overflow_nor_vanish(temperatu
         assert (got.double() - true.double()).norm() <= 0.01 * true.double().norm() + 1e-6
 
 
-def test_a_chunk_that_is_masked_out_takes_no_part(chunks):
-    student, w, teacher, y, center = drawn()
-    center[128:384] = torch.inf  # a whole chunk
-    found = dino_head_loss(student, w, teacher, y, center)
-    torch.testing.assert_close(found, dino_loss(student @ w.T, teacher @ y.T, center), rtol=1e-10, atol=0)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("some", [slice(0, 128), slice(128, 384), slice(0, 499)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_prototypes_that_are_masked_out_take_no_part(backend, some, sign, monkeypatch):
+    """Whole chunks of them, the first, some within and all but the last number."""
+    monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": 128})
+    student, w, teacher, y, center = drawn(dtype=torch.float32)
+    center[some] = sign * torch.inf
+    options = {"student_temp": 0.1, "teacher_temp": sign * 0.07}
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (student, w, teacher, y, center)]
+    true = dino_loss(exact[0] @ exact[1].T, exact[2] @ exact[3].T, exact[4], **options)
+    with sslfast.use_backend(backend):
+        found = dino_head_loss(student, w, teacher, y, center, **options)
+    torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=0)
+    pairs = zip(torch.autograd.grad(found, (student, w)), torch.autograd.grad(true, exact[:2]), strict=True)
+    for got, expected in pairs:
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_hundreds_of_chunks_add_no_rounding(monkeypatch):
+    monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": 128})
+    *factors, center = (x.detach() for x in drawn(classes=65_536, dtype=torch.float32))
+    with torch.no_grad():
+        true = op.reference(*(x.double() for x in factors), center.double(), 0.5, 0.5, True)
+        logits = op.reference(*factors, center, 0.5, 0.5, True)
+        found = op.head_cross_entropy(*factors, 0.5, 0.5, center=center, skip=True)
+    error, yardstick = ((x.double() - true).abs().max() for x in (found, logits))
+    assert error <= 2 * yardstick + 4 * torch.finfo(torch.float32).eps
 
 
 def test_only_the_student_has_gradients():

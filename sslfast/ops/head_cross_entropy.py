@@ -89,8 +89,9 @@ class _Walk:
             yield some, w, (logits, targets, None if self.center is None else self.center[some])
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, B], and states of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them."""
-        views, count = self.shapes[0][0], self.shapes[1][0]
+        """[S, B], and states of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them. Chunks,
+        of which there may be hundreds, are merged in float64."""
+        count, work = self.shapes[1][0], self.mass.dtype
         both: tuple[Tensor, ...] = ()
         for _, _, (logits, targets, center) in self.chunks():
             pairs = [
@@ -98,13 +99,11 @@ class _Walk:
                 for t in range(count)
             ]
             loss, _, _, target_state = (torch.stack(x) for x in zip(*pairs, strict=True))
-            found = loss, pairs[0][1], target_state.squeeze(1)
+            found = loss.double(), pairs[0][1].double(), target_state.squeeze(1).double()
             both = _merge(both, found, *self.options[:2]) if both else found
-        loss, state, target_state = both
         if self.options[3]:
-            same = torch.arange(min(views, count), device=loss.device)
-            loss[same, same] = 0
-        return loss.sum(0), state, target_state
+            both[0].diagonal().zero_()  # of [T, S, B]: view v and target v
+        return both[0].sum(0).to(work), both[1].to(work), both[2].to(work)
 
     def gradients(
         self, upstream: Tensor, state: Tensor, target_state: Tensor, trained: bool
@@ -133,23 +132,23 @@ def _merge(
     """Cross-entropies [T, S, B], states [S, B, 2], [T, B, 2] of two sets of prototypes -> of both. A target
     is split among them; a set's cross-entropy grows by what the other one adds to the log-sum-exp."""
     losses, states, target_states = (torch.stack(x) for x in zip(old, new, strict=True))
-    state, rises = _merge_states(states, scale)
-    target_state, target_rises = _merge_states(target_states, target_scale)
-    none = (target_states[..., 0] * target_scale == -torch.inf) & target_rises.isposinf()  # of its weight
+    state, rises, none = _merge_states(states, scale)
+    target_state, target_rises, no_target = _merge_states(target_states, target_scale)
+    losses = losses.masked_fill(none[:, None] | no_target[:, :, None], 0)  # NaN of sets without any weight
     share = (-target_rises).exp2()[:, :, None]
-    grown = (losses + LN2 * rises[:, None]).where(~none[:, :, None], rises[:, None])
-    return (share * grown).sum(0), state, target_state
+    return (share * (losses + LN2 * rises[:, None])).sum(0), state, target_state
 
 
-def _merge_states(states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """[2, R, B, 2] -> [R, B, 2] of both together, and by how much log2 of the sum is above each [2, R, B]."""
+def _merge_states(states: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[2, R, B, 2] -> [R, B, 2] of both together, by how much log2 of the sum is above each [2, R, B], and
+    which of them are masked out beside one that is not."""
     tops, sums = states.unbind(3)
     top = tops.amin(0) if scale < 0 else tops.amax(0)
+    none = (tops * scale == -torch.inf) & (tops != top)
     powers = sums + torch.where(tops == top, 0.0, tops - top) * (scale * LOG2E)
-    weightless = tops * scale == -torch.inf  # a chunk that is masked out
-    powers = powers.masked_fill(weightless & (tops != top), -torch.inf)
+    powers = powers.masked_fill(none, -torch.inf)
     total = powers.exp2().sum(0).log2()
-    return torch.stack((top, total), 2), total - powers
+    return torch.stack((top, total), 2), total - powers, none
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
