@@ -376,7 +376,7 @@ def main() -> None:
             batch = options.batch or own_batch(case, device)
             found = run(case, batch, device, dtype, options.rounds or (3 if device == "cuda" else 7))
             rows += found
-            whole[part] += found
+            whole[part] += [{**row, "commit": whole["commit"]} for row in found]
             keep(path, whole)
             if not options.profile:
                 show(found)

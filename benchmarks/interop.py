@@ -81,7 +81,8 @@ def main(
             console.print(f"{case.name}: left out: no time")
             continue
         whole["libraries"][case.library] = version_of(case.library)
-        whole["cases"].append(run_case(case, device, rounds or case.rounds))
+        found = run_case(case, device, rounds or case.rounds)
+        whole["cases"].append({**found, "commit": whole["commit"]})
         new = {row["name"]: row for row in whole["cases"]}
         old = [new.pop(row["name"], row) for row in kept["cases"]]
         keep(path, {**whole, "cases": [*old, *new.values()]})

@@ -75,19 +75,21 @@ def ops(device: str = CPU, every: bool = False) -> str:
         what = f"`{op}`{', ' * bool(variant)}{variant}{f', {dtype}' * (dtype != 'float32')}"
         name = "eager" if "eager" in own else "reference"
         plain, ours = own[name], own["sslfast"]
-        cells = [
-            what,
-            shape,
-            told(plain) + " (reference)" * (name == "reference"),
-            told(own.get("compile", {})),
-        ]
-        cells += [f"**{ms(ours['ms'])}**", times(plain["ms"] / ours["ms"]) if "ms" in plain else ""]
-        memory = [mib(row["peak_mib"]) for row in (plain, ours) if "peak_mib" in row]
+        best = min(own[x]["ms"] for x in (name, "compile", "sslfast") if "ms" in own.get(x, {}))
+        sides = plain, own.get("compile", {}), ours
+        taken = [f"**{told(row)}**" if row.get("ms") == best else told(row) for row in sides]
+        taken[0] += " (reference)" * (name == "reference")
+        ratios = [times(row["ms"] / ours["ms"]) if "ms" in row else "" for row in sides[:2]]
+        memory = [mib(row["peak_mib"]) if "peak_mib" in row else "-" for row in sides]
+        cells = [what, shape, *taken, *ratios, f"{ours['share']:.0%}"]
+        cells += [" / ".join(memory) + " MiB" if "peak_mib" in ours else ""]
+        if every:
+            rate = f"{ours['gflops']:,.0f} GFLOP/s" if ours.get("gflops") else f"{ours['gbps']:.1f} GB/s"
+            cells += [rate, f"{max(ours['error'], ours.get('gradient_error') or 0):.0e}"]
         others = [f"{x} {told(row)}" for x, row in own.items() if x not in (*SIDES, "reference")]
-        cells += [f"{ours['share']:.0%}", " / ".join(memory) + " MiB" if len(memory) == 2 else ""]
         lines.append([*cells, ", ".join(others)])
-    head = ["", "inputs", "eager", "torch.compile", "sslfast", "vs eager", "share of floor"]
-    head += ["memory, eager / sslfast", "others"]
+    head = ["", "inputs", "eager", "torch.compile", "sslfast", "vs eager", "vs compile", "share of floor"]
+    head += ["memory: eager / compile / sslfast", *["rate", "error"] * every, "others"]
     rates = whole["ceilings"]
     products = ", ".join(f"{rate:,.0f} ({name})" for name, rate in rates["gflops"].items())
     about = f"torch {whole['torch']}; the machine: matrix products {products} GFLOP/s, memory "
@@ -105,18 +107,20 @@ def told(row: Row) -> str:
 def scaling() -> str:
     """The plot, and what it shows in a sentence."""
     whole = read("scaling")
-    cases = by_case(whole)
-    most = next(own for own in reversed(cases.values()) if "ms" in own["eager"])
-    last = list(cases.values())[-1]["sslfast"]
-    eager, ours = most["eager"], most["sslfast"]
-    lost = (own["eager"] for own in cases.values() if own["eager"].get("why_not") == "out of memory")
-    both = (f"{ms(row['ms'])} and {mib(row['peak_mib'])} MiB" for row in (eager, ours, last))
-    text = f"![NT-Xent: time and memory over the batch](benchmarks/results/{CPU}/scaling.png)\n\n"
-    text += f"NT-Xent, forward + backward, on {MACHINE}. With {eager['size']:,} pairs eager PyTorch takes "
-    text += f"{next(both)}, sslfast {next(both)}; with {last['size']:,} pairs sslfast takes {next(both)}"
-    without = next(lost, None)
-    room = f"{whole['memory_gib']:.0f} GiB" if "memory_gib" in whole else "memory"
-    return text + (f", where eager runs out of {room}." if without else ".")
+    by_size = {own["sslfast"]["size"]: own for own in by_case(whole).values() if "ms" in own["sslfast"]}
+    most = next(size for size, own in reversed(by_size.items()) if "ms" in own["eager"])
+    said = []
+    for size in (most, max(by_size)):
+        rows = [(name, by_size[size][name]) for name in SIDES]
+        takes = [
+            f"{name} {told(row)}" + (f" and {mib(row['peak_mib'])} MiB" if "ms" in row else "")
+            for name, row in rows
+        ]
+        said.append(f"With {size:,} pairs: {', '.join(takes)}.".replace("compile", "torch.compile"))
+    return (
+        f"![NT-Xent: time and memory over the batch](benchmarks/results/{CPU}/scaling.png)\n\n"
+        f"NT-Xent, forward + backward, on {MACHINE}. {' '.join(said)}"
+    )
 
 
 def gpus() -> str:
@@ -129,11 +133,9 @@ def gpus() -> str:
 def machines() -> str:
     """Of those other than CPU all that was measured."""
     parts = {
-        "bench": lambda name: ops(name, every=True),
-        "steps": steps,
-        "augment": views,
+        "bench": lambda name: ops(name, every=True), "interop": dropins, "steps": steps, "augment": views,
         "distributed": ranks,
-    }
+    }  # fmt: skip
     found = [
         f"## {name}\n\n"
         + "\n\n".join(
@@ -152,8 +154,8 @@ def others() -> list[str]:
 # The other files.
 
 
-def dropins() -> str:
-    whole = read("interop")
+def dropins(device: str = CPU) -> str:
+    whole = read("interop", device)
     lines = []
     for case in whole["cases"]:
         sides = case["original"], case["sslfast"]
@@ -173,13 +175,15 @@ def dropins() -> str:
         "sslfast",
         "faster",
         "memory, original / sslfast",
-        "a batch the original has no 16 GiB for",
+        "a batch for which the original needs more than 16 GiB",
     ]
     return f"{versions}.\n\n" + table(head, lines)
 
 
 def ranks(device: str = CPU) -> str:
     whole = read("distributed", device)
+    if "steps" not in whole:
+        return ""
     found: dict[int, dict[str, Row]] = {}
     for row in whole["steps"]["results"]:
         found.setdefault(row["processes"], {})[row["name"]] = row
@@ -201,14 +205,17 @@ def views(device: str = CPU) -> str:
             found.setdefault((row["case"], row["batch"], row["views"]), {})[row["name"]] = row
     lines = []
     for (case, batch, count), own in found.items():
-        ours = own["sslfast (cpu)"]
-        others = [own.get(name) for name in ("kornia", "Pillow")]
+        ours = next(row for name, row in own.items() if name.startswith("sslfast"))
+        others = [
+            row if "ms" in row else None for row in (own.get(name, {}) for name in ("kornia", "Pillow"))
+        ]
         cells = [f"{case}, {batch} images, {count} view{'s' * (count > 1)}"]
         cells += [ms(row["ms"]) if row else "" for row in others] + [f"**{ms(ours['ms'])}**"]
         cells += [times(row["ms"] / ours["ms"]) if row else "" for row in others]
         lines.append([*cells, f"{ours['images_per_second']:,.0f}"])
     head = ["", "kornia", "Pillow", "sslfast", "vs kornia", "vs Pillow", "images/s"]
-    return f"kornia {whole['kornia']}, Pillow {whole['pillow']}.\n\n" + table(head, lines)
+    versions = [f"{name} {whole[name.lower()]}" for name in ("kornia", "Pillow") if whole[name.lower()]]
+    return f"{', '.join(versions) or 'sslfast alone'}.\n\n" + table(head, lines)
 
 
 def steps(device: str = CPU) -> str:
@@ -220,7 +227,7 @@ def steps(device: str = CPU) -> str:
         found.setdefault(row["title"], {})[row["name"]] = row
     lines = []
     for title, own in found.items():
-        ours = own["sslfast"]
+        ours = own.get("sslfast", {})
         if "ms" not in ours:
             continue
         others = [own.get(name, {}) for name in ("plain", "lightly")]

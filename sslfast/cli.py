@@ -50,7 +50,10 @@ def _status(run: Callable, say: Callable[[BaseException, str], None]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in NEEDS_TRAIN:
             raise
-        say(error, f"{error.name} is missing; install the training extra: pip install 'sslfast[train]'")
+        say(
+            error,
+            f"{error.name} is missing; pip install 'sslfast[train]', of bench and tune 'sslfast[bench]'",
+        )
         return 1
     except ValueError as error:
         say(error, str(error))
@@ -98,12 +101,12 @@ def _run(argv: list[str]) -> None:
 def _parse_and_run(argv: list[str]) -> None:
     import tyro
 
-    from sslfast.train import methods as known
-
-    methods = tyro.extras.SubcommandApp()
-    for name in known.NAMES:
-        methods.command(name=name)(_trainer(name, known.module(name).Config, argv))
     if argv[:1] == ["train"]:
+        from sslfast.train import methods as known
+
+        methods = tyro.extras.SubcommandApp()
+        for name in known.NAMES:
+            methods.command(name=name)(_trainer(name, known.module(name).Config, argv))
         with nullcontext() if _speaks() else _silence():
             run = methods.cli(prog="sslfast train", description="Train an encoder.", args=argv[1:])
         return run()

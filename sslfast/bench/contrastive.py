@@ -68,6 +68,22 @@ def nearest(size: int, itemsize: int, backward: bool) -> Work:
     return Work(size * size * DIM, itemsize * DIM * size * (3 if backward else 1))
 
 
+def mined(mining: str) -> Case:
+    """Triplets of all pairs of a class: as many products, then sorting or choosing."""
+    return Case(
+        "triplet_margin_loss",
+        f"{{}} x {DIM}, {CLASSES} classes",
+        (512,),
+        (512,),
+        labelled("embeddings"),
+        ours=lambda embeddings, labels: sslfast.triplet_margin_loss(embeddings, labels, 0.2, mining=mining),
+        trained=("embeddings",),
+        variant=mining,
+        dtypes=("float32",),
+        work=nearest,
+    )
+
+
 def queue_of(size: int, itemsize: int, backward: bool) -> Work:
     """MoCo: one product, and one of the weights and the queue, while it is there."""
     return Work((1 + backward) * 2 * size * QUEUE * DIM, itemsize * DIM * (QUEUE + size * (2 + backward)))
@@ -236,7 +252,25 @@ CASES = (
         trained=("features",),
         work=lambda size, itemsize, backward: symmetric(size // 2, itemsize, backward),
     ),
+    Case(
+        "supcon_loss",
+        f"{{}} x {DIM}, {CLASSES} classes",
+        SIZES,
+        GPU_SIZES,
+        labelled("features"),
+        ours=lambda features, labels: sslfast.supcon_loss(features, labels, 0.1, 0.07, form="inside"),
+        trained=("features",),
+        work=lambda size, itemsize, backward: symmetric(size // 2, itemsize, backward),
+        variant="the sum inside",
+    ),
     Case("dcl_loss", **_VIEWS, work=symmetric, ours=lambda z1, z2: sslfast.dcl_loss(z1, z2), plain=plain_dcl),
+    Case(
+        "dcl_loss",
+        **_VIEWS,
+        work=symmetric,
+        ours=lambda z1, z2: sslfast.dcl_loss(z1, z2, weight_sigma=0.5),
+        variant="weighted",
+    ),
     Case(
         "hard_negative_ntxent_loss",
         **_VIEWS,
@@ -257,6 +291,7 @@ CASES = (
         dtypes=("float32",),
         work=nearest,
     ),
+    *(mined(mining) for mining in ("semihard", "all")),
     Case(
         "koleo_loss",
         **_SIMILARITY,

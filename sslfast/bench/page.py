@@ -1,8 +1,10 @@
 """Plots of a benchmark, and a page that shows them."""
 
 import base64
+import hashlib
 import html
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def scaling(rows: list[dict[str, Any]], title: str) -> bytes:
         if axis.has_data():
             axis.legend(fontsize=8)
     figure.suptitle(f"{title} (x: {LOST})", fontsize=10)
-    return _png(figure)
+    return _png(figure, rows)
 
 
 def roofline(whole: dict[str, Any]) -> bytes:
@@ -100,16 +102,21 @@ def roofline(whole: dict[str, Any]) -> bytes:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of matrix products for each byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, whole["rows"])
 
 
 def _size(row: dict[str, Any]) -> int:
     return row["size"]
 
 
-def _png(figure: Any) -> bytes:
+def digest(rows: list[dict[str, Any]]) -> str:
+    """A plot of these rows has it in its file, so that an old one is found out."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _png(figure: Any, rows: list[dict[str, Any]]) -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None, "Description": digest(rows)})
     return data.getvalue()
 
 

@@ -33,12 +33,16 @@ def _open_clip(name: str) -> Any:
 
 @cache
 def _metric_learning(name: str, **options: Any) -> Any:
+    from pytorch_metric_learning import losses
+
+    return getattr(losses, name)(**options)
+
+
+def _triplets(embeddings: Tensor, labels: Tensor, hard: bool) -> Tensor:
     from pytorch_metric_learning import losses, miners, reducers
 
-    if name == "TripletMarginLoss":
-        loss, miner = losses.TripletMarginLoss(0.2, reducer=reducers.MeanReducer()), miners.BatchHardMiner()
-        return lambda x, labels: loss(x, labels, miner(x, labels))
-    return getattr(losses, name)(**options)
+    some = miners.BatchHardMiner()(embeddings, labels) if hard else None
+    return losses.TripletMarginLoss(0.2, reducer=reducers.MeanReducer())(embeddings, labels, some)
 
 
 def _class_of_each(rows: Tensor) -> Tensor:
@@ -170,11 +174,8 @@ PEERS: dict[str, dict[str, Peer]] = {
             0.1 / 0.07 * _metric_learning("SupConLoss", temperature=0.1)(features, labels)
         ),
     },
-    "triplet_margin_loss, hard": {
-        "pytorch_metric_learning": lambda embeddings, labels: _metric_learning("TripletMarginLoss")(
-            embeddings, labels
-        ),
-    },
+    "triplet_margin_loss, hard": {"pytorch_metric_learning": lambda **rows: _triplets(**rows, hard=True)},
+    "triplet_margin_loss, all": {"pytorch_metric_learning": lambda **rows: _triplets(**rows, hard=False)},
     "info_nce_loss": {
         "sentence_transformers": lambda query, key: _ranking().compute_loss_from_embeddings(
             [query, key], None

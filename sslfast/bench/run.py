@@ -265,7 +265,9 @@ def others(path: Path, whole: dict[str, Any], measured: set[str]) -> list[dict[s
     if not path.exists():
         return []
     old = read(path, "json")
-    if any(old.get(key) != whole[key] for key in ("device", "threads", "torch", "isa")):
+    if any(
+        old.get(key) != whole.get(key) for key in ("device", "threads", "torch", "isa", "triton", "driver")
+    ):
         return []
     return [
         row for row in old["rows"] if ", ".join(filter(None, (row["op"], row["variant"]))) not in measured
