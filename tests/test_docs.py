@@ -5,8 +5,10 @@ import functools
 import importlib.util
 import inspect
 import io
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,8 +240,33 @@ def test_figures_are_those_of_the_results(figures, monkeypatch):
 
         monkeypatch.setattr(figures, "read", one)
         assert figures.written(text) != text, name
+    for name, file in (("scaling", "scaling"), ("roofline", "bench")):
+        picture = (figures.RESULTS / figures.CPU / f"{name}.png").read_bytes()
+        assert figures.page.digest(read(file)["rows"]).encode() in picture, f"{name}.png: make readme"
     with pytest.raises(ValueError, match="figures: expected one of .*, got nothing"):
         figures.written("<!-- figures: nothing -->\n\n<!-- end -->")
+
+
+def test_figures_of_a_gpu(figures, monkeypatch, tmp_path):
+    """Of another machine all that is there, with what its scripts leave out or could not time."""
+    shutil.copytree(figures.RESULTS / figures.CPU, tmp_path / figures.CPU)
+    gpu = tmp_path / "nvidia-test"
+    gpu.mkdir()
+    whole = figures.read("bench") | {"device": gpu.name, "driver": "1"}
+    (gpu / "bench.json").write_text(json.dumps(whole))
+    whole = figures.read("augment")
+    rows = [{**row, "name": "sslfast (triton)"} for row in whole["augment"] if row["name"] == "sslfast (cpu)"]
+    lost = {key: value for key, value in rows[0].items() if key != "ms"}
+    rows.append({**lost, "name": "kornia", "why_not_timed": "missing"})
+    (gpu / "augment.json").write_text(json.dumps(whole | {"augment": rows, "kornia": None}))
+    (gpu / "distributed.json").write_text(json.dumps({"blocks": {}}))
+    whole = figures.read("steps")
+    plain = [row for row in whole["steps"] if row["name"] == "plain"]
+    (gpu / "steps.json").write_text(json.dumps(whole | {"steps": plain}))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    found = figures.machines()
+    assert found.startswith("## nvidia-test") and "`ntxent_loss`" in found and "simclr, 256 images" in found
+    assert figures.gpus().startswith("nvidia-test: torch")
 
 
 # What is named
