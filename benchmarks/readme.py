@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslfast.bench import page
+from sslfast.bench.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +68,10 @@ def ops(device: str = CPU, every: bool = False) -> str:
     """every: size of an op, not its largest alone."""
     whole = read("bench", device)
     cases = {case: own for case, own in by_case(whole).items() if "ms" in own.get("sslfast", {})}
+    places = {
+        (case.op, case.variant): i for i, case in enumerate(CASES)
+    }  # those measured last are at the file's end
+    cases = dict(sorted(cases.items(), key=lambda item: places.get(item[0][:2], len(places))))
     last = {(op, variant, dtype): shape for op, variant, shape, dtype in cases}
     lines = []
     for (op, variant, shape, dtype), own in cases.items():
