@@ -135,7 +135,8 @@ def test_another_loss_is_seen(parity, data, tmp_path, monkeypatch) -> None:
             yield
 
     monkeypatch.setattr(parity, "VARIANTS", {**parity.VARIANTS, "colder": colder, "doubled": doubled})
-    parity.main(("simclr",), ("ours", "colder", "doubled"), (0,), data, tmp_path, quick=True)
+    with pytest.raises(SystemExit, match="differ from ours in the first update.*'colder', 'doubled'"):
+        parity.main(("simclr",), ("ours", "colder", "doubled"), (0,), data, tmp_path, quick=True)
     found = results(parity, tmp_path)["summary"]["simclr"]["variants"]
     assert not found["colder"]["coincides"] and found["colder"]["first_update_beyond"]["1e-2"] == 1
     assert found["doubled"]["first_loss_difference"] < 1e-5 and not found["doubled"]["coincides"]
