@@ -47,6 +47,7 @@ from rich.table import Table
 from torch import Tensor
 
 import sslfast
+from sslfast.bench import page
 from sslfast.bench.run import about
 from sslfast.ops import _backend
 from sslfast.train import augment, config, distillation, loop, methods, sources
@@ -301,11 +302,12 @@ def show(name: str, found: dict, console: Console) -> None:
     console.print(table)
 
 
-def draw(by_name: dict[str, list[dict]], path: Path) -> None:
-    """Losses over epochs; below them, how far the loss of each update is from that of ours."""
+def draw(results: dict) -> bytes:
+    """A PNG of losses over epochs; below them, how far the loss of each update is from that of ours."""
     from matplotlib.figure import Figure
 
     styles = {"reference": ("tab:orange", "--", 2), "lightly": ("black", ":", 2), "nudged": ("g", "-.", 1)}
+    by_name = compared(results)
     figure = Figure(figsize=(4.2 * len(by_name), 6.4))
     panels = figure.subplots(2, len(by_name), squeeze=False).T
     for (above, below), (name, runs) in zip(panels, by_name.items(), strict=True):
@@ -325,25 +327,24 @@ def draw(by_name: dict[str, list[dict]], path: Path) -> None:
         below.set(xlabel="update", ylabel="relative difference of the loss")
         above.legend(title=measure, fontsize=7, title_fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return page.png(figure, results["runs"])
 
 
-def comparable(runs: list[dict], name: str) -> list[dict]:
-    """The runs of a name that have the recipe of its newest run of ours, which come first."""
-    newest = [x["recipe"] for x in runs if x["name"] == name and x["variant"] == "ours"][-1:]
-    found = (x for x in runs if x["name"] == name and [x["recipe"]] == newest)
-    return sorted(found, key=lambda x: (list(VARIANTS).index(x["variant"]), x["seed"]))
+def compared(results: dict) -> dict[str, list[dict]]:
+    """Of each name the runs that have the recipe of its newest run of ours, which come first."""
+    newest = {x["name"]: x["recipe"] for x in results["runs"] if x["variant"] == "ours"}
+    runs = [x for x in results["runs"] if x["recipe"] == newest.get(x["name"])]
+    runs.sort(key=lambda x: (list(VARIANTS).index(x["variant"]), x["seed"]))
+    return {name: own for name in RECIPES if (own := [x for x in runs if x["name"] == name])}
 
 
-def write(results: dict, path: Path) -> dict[str, list[dict]]:
-    """Adds the summary, and writes the file whole or not at all; returns the runs that are compared."""
-    by_name = {name: runs for name in RECIPES if (runs := comparable(results["runs"], name))}
-    results["summary"] = {name: summary(runs) for name, runs in by_name.items()}
+def write(results: dict, path: Path) -> None:
+    """Adds the summary, and writes the file whole or not at all."""
+    results["summary"] = {name: summary(runs) for name, runs in compared(results).items()}
     used = {x["recipe"] for x in results["runs"]}
     results["recipes"] = {key: recipe for key, recipe in results["recipes"].items() if key in used}
     text = json.dumps(results, indent=1)
     write_text(path, re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
-    return by_name
 
 
 def main(
@@ -388,8 +389,9 @@ def main(
             results["runs"] = [x for x in results["runs"] if x not in known] + [found]
             write(results, path)
             console.print(f"{name}, {variant}, seed {seed}: {found['seconds']:.0f} s, {found['accuracies']}")
-    if by_name := write(results, path):
-        draw(by_name, path.with_suffix(".png"))
+    write(results, path)
+    if results["summary"]:
+        path.with_suffix(".png").write_bytes(draw(results))
     for name, found in results["summary"].items():
         show(name, found, console)
     console.print(f"wrote {path}")

@@ -76,7 +76,7 @@ def scaling(rows: list[dict[str, Any]], title: str) -> bytes:
         if axis.has_data():
             axis.legend(fontsize=8)
     figure.suptitle(f"{title} (x: {LOST})", fontsize=10)
-    return _png(figure, rows)
+    return png(figure, rows)
 
 
 def roofline(whole: dict[str, Any]) -> bytes:
@@ -102,7 +102,7 @@ def roofline(whole: dict[str, Any]) -> bytes:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of matrix products for each byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _png(figure, whole["rows"])
+    return png(figure, whole["rows"])
 
 
 def _size(row: dict[str, Any]) -> int:
@@ -114,7 +114,8 @@ def digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _png(figure: Any, rows: list[dict[str, Any]]) -> bytes:
+def png(figure: Any, rows: list[dict[str, Any]]) -> bytes:
+    """The figure, with a digest of the rows that it shows."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110, metadata={"Software": None, "Description": digest(rows)})
     return data.getvalue()
