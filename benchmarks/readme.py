@@ -46,8 +46,20 @@ def mib(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def times(value: float) -> str:
     return f"{value:.3g}x" if value < 100 else f"{value:.0f}x"
+
+
+def fastest(texts: list[str], rows: list[Row]) -> list[str]:
+    """The texts of these rows, which have no "ms" where it was not timed, the fastest's in bold."""
+    best = min((row["ms"] for row in rows if "ms" in row), default=None)
+    return [
+        f"**{text}**" if row.get("ms", ...) == best else text for text, row in zip(texts, rows, strict=True)
+    ]
 
 
 # sslfast bench.
@@ -80,23 +92,22 @@ def ops(device: str = CPU, every: bool = False) -> str:
         what = f"`{op}`{', ' * bool(variant)}{variant}{f', {dtype}' * (dtype != 'float32')}"
         name = "eager" if "eager" in own else "reference"
         plain, ours = own[name], own["sslfast"]
-        best = min(own[x]["ms"] for x in (name, "compile", "sslfast") if "ms" in own.get(x, {}))
-        sides = plain, own.get("compile", {}), ours
-        taken = [f"**{told(row)}**" if row.get("ms") == best else told(row) for row in sides]
+        sides = [plain, own.get("compile", {}), ours]
+        taken = fastest([told(row) for row in sides], sides)
         taken[0] += " (reference)" * (name == "reference")
         ratios = [times(row["ms"] / ours["ms"]) if "ms" in row else "" for row in sides[:2]]
         memory = [mib(row["peak_mib"]) if "peak_mib" in row else "-" for row in sides]
         cells = [what, shape, *taken, *ratios, f"{ours['share']:.0%}"]
         cells += [" / ".join(memory) + " MiB" if "peak_mib" in ours else ""]
         if every:
-            rate = f"{ours['gflops']:,.0f} GFLOP/s" if ours.get("gflops") else f"{ours['gbps']:.1f} GB/s"
-            cells += [rate, f"{max(ours['error'], ours.get('gradient_error') or 0):.0e}"]
+            work = f"{ours['gflops']:,.0f} GFLOP/s" if ours.get("gflops") else f"{ours['gbps']:.1f} GB/s"
+            cells += [work, f"{max(ours['error'], ours.get('gradient_error') or 0):.0e}"]
         others = [f"{x} {told(row)}" for x, row in own.items() if x not in (*SIDES, "reference")]
         lines.append([*cells, ", ".join(others)])
     head = ["", "inputs", "eager", "torch.compile", "sslfast", "vs eager", "vs compile", "share of floor"]
     head += ["memory: eager / compile / sslfast", *["rate", "error"] * every, "others"]
     rates = whole["ceilings"]
-    products = ", ".join(f"{rate:,.0f} ({name})" for name, rate in rates["gflops"].items())
+    products = ", ".join(f"{gflops:,.0f} ({name})" for name, gflops in rates["gflops"].items())
     about = f"torch {whole['torch']}; the machine: matrix products {products} GFLOP/s, memory "
     return f"{about}{rates['gbps']:.0f} GB/s.\n\n" + table(head, lines)
 
@@ -163,14 +174,14 @@ def dropins(device: str = CPU) -> str:
     whole = read("interop", device)
     lines = []
     for case in whole["cases"]:
-        sides = case["original"], case["sslfast"]
+        sides = [case["original"], case["sslfast"]]
         memory = [mib(side["mib"]) for side in sides if side.get("mib")]
         beyond = case.get("beyond")
         larger = ""
         if beyond and "out_of_memory" in beyond["original"]:
             there = beyond["sslfast"]
             larger = f"{beyond['rows']:,}: {there['ms'] / 1e3:.1f} s, {mib(there['mib'])} MiB"
-        cells = [f"{case['name']}, {case['size']}", ms(sides[0]["ms"]), f"**{ms(sides[1]['ms'])}**"]
+        cells = [f"{case['name']}, {case['size']}", *fastest([ms(side["ms"]) for side in sides], sides)]
         cells += [times(case["faster"]), " / ".join(memory) + " MiB" if len(memory) == 2 else "", larger]
         lines.append(cells)
     versions = ", ".join(f"{name} {version}" for name, version in whole["libraries"].items())
@@ -196,9 +207,13 @@ def ranks(device: str = CPU) -> str:
     for processes, own in found.items():
         plain = min((row for name, row in own.items() if name.startswith("plain")), key=lambda row: row["ms"])
         ours = [own[f"sslfast, {name}"] for name in ("gather", "ring")]
-        cells = [f"**{ms(row['ms'])}** ({times(row['plain_over_it'])})" for row in ours]
-        sent = " / ".join(f"{row['loopback'] / 1e6:.2f}" for row in (plain, *ours))
-        lines.append([str(processes), ms(plain["ms"]), *cells, f"{sent} MB"])
+        rows = [plain, *ours]
+        cells = fastest([ms(row["ms"]) for row in rows], rows)
+        faster = [
+            f"{cell} ({times(row['plain_over_it'])})" for cell, row in zip(cells[1:], ours, strict=True)
+        ]
+        sent = " / ".join(f"{row['loopback'] / 1e6:.2f}" for row in rows)
+        lines.append([str(processes), cells[0], *faster, f"{sent} MB"])
     return table(["processes", "plain", "gather", "ring", "sent by each: plain / gather / ring"], lines)
 
 
@@ -211,12 +226,11 @@ def views(device: str = CPU) -> str:
     lines = []
     for (case, batch, count), own in found.items():
         ours = next(row for name, row in own.items() if name.startswith("sslfast"))
-        others = [
-            row if "ms" in row else None for row in (own.get(name, {}) for name in ("kornia", "Pillow"))
-        ]
+        others = [own.get(name, {}) for name in ("kornia", "Pillow")]
+        rows = [*others, ours]
         cells = [f"{case}, {batch} images, {count} view{'s' * (count > 1)}"]
-        cells += [ms(row["ms"]) if row else "" for row in others] + [f"**{ms(ours['ms'])}**"]
-        cells += [times(row["ms"] / ours["ms"]) if row else "" for row in others]
+        cells += fastest([ms(row["ms"]) if "ms" in row else "" for row in rows], rows)
+        cells += [times(row["ms"] / ours["ms"]) if "ms" in row else "" for row in others]
         lines.append([*cells, f"{ours['images_per_second']:,.0f}"])
     head = ["", "kornia", "Pillow", "sslfast", "vs kornia", "vs Pillow", "images/s"]
     versions = [f"{name} {whole[name.lower()]}" for name in ("kornia", "Pillow") if whole[name.lower()]]
@@ -235,17 +249,16 @@ def steps(device: str = CPU) -> str:
         ours = own.get("sslfast", {})
         if "ms" not in ours:
             continue
-        others = [own.get(name, {}) for name in ("plain", "lightly")]
-        cells = [
-            f"{row['images_per_second']:,.0f}" if "ms" in row else row.get("why_not_timed", "")
-            for row in others
+        rows = [*(own.get(name, {}) for name in ("plain", "lightly")), ours]
+        rates = [
+            rate(row["images_per_second"]) if "ms" in row else row.get("why_not_timed", "") for row in rows
         ]
         share = {name: value for name, value in ours.get("budget", {}).items() if value >= 0.005}
         budget = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
-        peaks = [row.get("peak_mib", "-") for row in (*others, ours)]
+        peaks = [row.get("peak_mib", "-") for row in rows]
         memory = " / ".join(x if isinstance(x, str) else mib(x) for x in peaks)
         what = f"{title}: {ours['backbone']}, {ours['size']} pixels, batch {ours['batch']:,}"
-        lines.append([what, *cells, f"**{ours['images_per_second']:,.0f}**", f"{memory} MiB", budget])
+        lines.append([what, *fastest(rates, rows), f"{memory} MiB", budget])
     head = [
         "images/s of a training step",
         "plain",

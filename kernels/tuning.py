@@ -37,9 +37,11 @@ PLACES = 32
 # Numbers of targets that a program of soft_cross_entropy keeps in registers, with 8 warps: 16 per thread.
 # With 32, Triton 3.7 spilled on sm_90.
 TARGET_TILE = 4096
-# Logits of a chunk of prototypes, of all views and targets together: a few of the CPU's tiles, or a part of
-# the GPU's L2 cache.
-PROTOTYPES = {"cpu": 1 << 19, "cuda": 1 << 23}
+# Logits of a chunk of prototypes, of all views and targets together: a part of a CPU's L3 cache or a GPU's L2
+# cache.
+PROTOTYPES = {"cpu": 1 << 21, "cuda": 1 << 23}
+# Logits of prototypes that the backward pass finds again instead of making them anew: 32 MiB in float32.
+KEPT = {"cpu": 1 << 23, "cuda": 0}
 # Sinkhorn: classes of a row at a time, a tile of rows and classes for sums over rows, and into how many parts
 # the rows are split at most.
 SINKHORN_BLOCK, SINKHORN_TILE, SINKHORN_PARTS = 2048, (16, 128), 32

@@ -33,9 +33,14 @@ def drawn(views=5, teachers=2, batch=4, classes=500, dim=16, dtype=torch.float64
     )
 
 
-@pytest.fixture(params=[128, 1 << 19], ids=["chunks", "one chunk"])
+NOTHING = {"cpu": 0}
+SIZES = {"chunks": (128, 0), "one chunk": (1 << 19, 0), "kept chunks": (128, 1 << 20)}
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES)
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": request.param})
+    monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": request.param[0]})
+    monkeypatch.setattr(tuning, "KEPT", {"cpu": request.param[1]})
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -86,9 +91,10 @@ def test_many_prototypes_without_their_logits():
             return torch.mm(x, y, out=out)
 
         patch.setattr(op, "_product", product)
+        patch.setattr(tuning, "KEPT", NOTHING)
         loss = dino_head_loss(student, w, teacher, y, center)
         gradients = torch.autograd.grad(loss, (student, w))
-    assert max(made) <= tuning.PROTOTYPES["cpu"] < 16 * 262_144 // 4
+    assert max(made) <= tuning.PROTOTYPES["cpu"] < 24 * 262_144 // 2
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (student, w, teacher, y, center)]
     truth = dino_loss(exact[0] @ exact[1].T, exact[2] @ exact[3].T, exact[4])
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
@@ -113,6 +119,7 @@ def test_float16_weights_as_a_gpu_has_them_neither_overflow_nor_vanish(temperatu
         dino_head_loss(student, w, teacher.half(), w.detach(), center * 0, *temperatures), (student, w)
     )
     expected = run()
+    monkeypatch.setattr(tuning, "KEPT", NOTHING)
     monkeypatch.setattr(op._Walk, "_factor", lambda self, x: x.to(self.dtype))
     exact = lambda x, y, out=None: torch.mm(x.float(), y.float(), out=out)  # noqa: E731
     monkeypatch.setattr(op, "_product", exact)
@@ -124,8 +131,10 @@ def test_float16_weights_as_a_gpu_has_them_neither_overflow_nor_vanish(temperatu
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=INTERPRETED)])
 @pytest.mark.parametrize("some", [slice(0, 128), slice(128, 384), slice(0, 499)], ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_prototypes_that_are_masked_out_take_no_part(backend, some, sign, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_prototypes_that_are_masked_out_take_no_part(backend, some, sign, kept, monkeypatch):
     """Whole chunks of them, the first, some within and all but the last number."""
+    monkeypatch.setattr(tuning, "KEPT", {"cpu": kept})
     monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": 128})
     student, w, teacher, y, center = drawn(dtype=torch.float32)
     center[some] = sign * torch.inf
@@ -138,6 +147,34 @@ def test_prototypes_that_are_masked_out_take_no_part(backend, some, sign, monkey
     pairs = zip(torch.autograd.grad(found, (student, w)), torch.autograd.grad(true, exact[:2]), strict=True)
     for got, expected in pairs:
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_few_logits_are_made_once_and_kept_for_every_backward_pass(monkeypatch):
+    made, mm = [], torch.mm
+
+    def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        made.append(tuple(x.shape))
+        return mm(x, y, out=out)
+
+    monkeypatch.setattr(op, "_product", product)
+    student, w, teacher, y, center = drawn(dtype=torch.float32)
+    rows = 20 + 8
+    for limit in (rows * 500, rows * 500 - 1):
+        monkeypatch.setattr(tuning, "KEPT", {"cpu": limit})
+        loss = dino_head_loss(student, w, teacher, y, center)
+        assert made == [(20, 16), (8, 16)]
+        first = torch.autograd.grad(loss, (student, w), retain_graph=True)
+        assert made[2:] == [(20, 16), (8, 16)] * (limit < rows * 500) + [(500, 20), (20, 500)]
+        second = torch.autograd.grad(loss, (student, w))
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        made.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES["head_cross_entropy"], ids=lambda case: case.name)
+def test_cases_in_chunks(case, dtype, chunks):
+    with sslfast.use_backend("cpu"):
+        assert_close_to_reference("head_cross_entropy", case.inputs(dtype))
 
 
 def test_hundreds_of_chunks_add_no_rounding(monkeypatch):
@@ -241,6 +278,7 @@ def test_triton_case(case, dtype, monkeypatch):
     """Programs out of order, buffers of NaN with guards around them, inputs among NaN, several chunks."""
     monkeypatch.setattr(tuning, "TARGET_TILE", 512)
     monkeypatch.setattr(tuning, "PROTOTYPES", {"cpu": 4096})
+    monkeypatch.setattr(tuning, "KEPT", NOTHING)
     inputs = {k: inside_nan(x) if isinstance(x, Tensor) else x for k, x in case.inputs(dtype).items()}
     with sslfast.use_backend("triton"), grid_order(True), guarded():
         assert_close_to_reference("head_cross_entropy", inputs)

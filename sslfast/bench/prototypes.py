@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sslfast
 from sslfast.bench.case import Case, Inputs, Work, wide
+from sslfast.kernels import tuning
 
 STUDENT, TEACHER, SINKHORN = 0.1, 0.04, 0.07  # temperatures
 VIEWS, TEACHERS, FEATURES, PROTOTYPES = 10, 2, 256, 65_536
@@ -183,7 +184,8 @@ def of_heads(student: int, teacher: int, classes: int):
         rows, pulled = (student + teacher) * size, student * size * backward
         features = itemsize * FEATURES * (rows * (1 + backward) + pulled)
         weights = 4 * FEATURES * classes * (2 + 3 * backward)
-        flops = 2 * classes * FEATURES * (rows + 3 * pulled)  # logits again, and both gradients
+        again = rows * classes > tuning.KEPT["cpu"]  # logits that are too many to be kept
+        flops = 2 * classes * FEATURES * (rows + (2 + again) * pulled)  # and both gradients
         return Work(flops, features + weights)
 
     return work

@@ -10,7 +10,8 @@ the latter the backward walk turns the student's logits in place into
     G = upstream scale (W softmax(scale s) - Q),      df += G w,    dw = G^T f
 
 Summing targets before the products spares attention over the prototypes, and softmax and Q, which are alike
-late in training, are subtracted before anything is rounded.
+late in training, are subtracted before anything is rounded. On a CPU up to `tuning.KEPT` logits are kept for
+the backward walk, which is then spared two products of six.
 """
 
 import torch
@@ -44,15 +45,18 @@ def reference(
 
 
 class _Walk:
-    """Passes over the prototypes in chunks."""
+    """A pass over the prototypes in chunks.
+
+    keep: each chunk's logits have a place of their own in `room`. kept: the room of an earlier pass, whose
+    logits are not made again.
+    """
 
     def __init__(
-        self, backend, features, prototypes, target_features, target_prototypes, center, scale, target_scale,
-        skip,
+        self, backend, keep, kept, features, prototypes, target_features, target_prototypes, center,
+        scale, target_scale, skip,
     ) -> None:  # fmt: skip
         (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
-        self.shapes = (views, batch, -1), (count, batch, -1)
-        self.dtype = features.dtype
+        self.count, self.dtype = count, features.dtype
         self.features, self.target_features = (
             self._factor(x.flatten(0, 1)) for x in (features, target_features)
         )
@@ -61,7 +65,11 @@ class _Walk:
         self.kernels = _backend.implementation("soft_cross_entropy", backend)
         elements = tuning.PROTOTYPES[features.device.type] // max(1, (views + count) * batch)
         self.step = max(tuning.PADDING, elements // tuning.PADDING * tuning.PADDING)
-        self.room = torch.empty((views + count) * batch * self.step, dtype=work, device=features.device)
+        self.keep, self.make = keep, kept is None
+        self.places = len(prototypes) if keep else self.step
+        sizes = views * batch * self.places, count * batch * self.places
+        self.room = features.new_empty(sum(sizes), dtype=work) if kept is None else kept
+        self.logits, self.targets = self.room.split(sizes)
         self.mass = torch.full((views, batch), count, dtype=work, device=features.device)
         if skip:
             self.mass[:count] -= 1
@@ -73,25 +81,42 @@ class _Walk:
         return x if x.is_cuda else x.to(working_dtype(x))
 
     def chunks(self):
-        """(places, student's prototypes, and what a kernel takes: logits, targets, center), in turn, in the
-        same memory."""
-        rows = len(self.features)
+        """(places, student's prototypes, and what a kernel takes: logits, targets, center), in turn; logits
+        in the same memory unless they are kept."""
         for begin in range(0, len(self.prototypes), self.step):
             some = slice(begin, begin + self.step)
-            w, y = self._factor(self.prototypes[some]), self._factor(self.target_prototypes[some])
-            room = self.room.split((rows * self.step, len(self.room) - rows * self.step))
-            logits, targets = (
-                _product(x, z.t(), out[: len(x) * len(z)].view(len(x), len(z))).view(shape)
-                for x, z, out, shape in zip(
-                    (self.features, self.target_features), (w, y), room, self.shapes, strict=True
-                )
-            )
-            yield some, w, (logits, targets, None if self.center is None else self.center[some])
+            w = self._factor(self.prototypes[some])
+            logits, targets = self._of(self.logits, some, len(w)), self._of(self.targets, some, len(w))
+            if self.make:
+                y = self._factor(self.target_prototypes[some])
+                _product(self.features, w.t(), logits)
+                _product(self.target_features, y.t(), targets)
+            yield some, w, self._given(logits, targets, some)
+
+    def _of(self, room: Tensor, some: slice, count: int) -> Tensor:
+        """[S B, count] or [T B, count]: the places of some prototypes."""
+        rows = len(room) // self.places
+        if self.keep:
+            return room.view(rows, self.places)[:, some]
+        return room[: rows * count].view(rows, count)
+
+    def _given(self, logits: Tensor, targets: Tensor, some: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        (views, batch), count = self.mass.shape, self.count
+        center = None if self.center is None else self.center[some]
+        return logits.unflatten(0, (views, batch)), targets.unflatten(0, (count, batch)), center
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
         """[S, B], and states of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them. Chunks,
         of which there may be hundreds, are merged in float64."""
-        count, work = self.shapes[1][0], self.mass.dtype
+        if self.keep or self.step >= len(self.prototypes):
+            *_, (_, _, given) = self.chunks()
+            if self.keep:
+                every = slice(0, len(self.prototypes))
+                logits, targets = (self._of(x, every, every.stop) for x in (self.logits, self.targets))
+                given = self._given(logits, targets, every)
+            loss, state, _, target_state = self.kernels.forward(*given, *self.options)
+            return loss, state, target_state
+        count, work = self.count, self.mass.dtype
         both: tuple[Tensor, ...] = ()
         for _, _, (logits, targets, center) in self.chunks():
             pairs = [
@@ -115,9 +140,13 @@ class _Walk:
         dw = df.new_empty(self.prototypes.shape if trained else 0, dtype=kind)
         backward = self.kernels.backward
         assert backward is not None
+        size = 0 if self.make else len(self.features) * min(self.step, len(self.prototypes))
+        spare = self.features.new_empty(size)
         for some, w, given in self.chunks():
-            backward(given[0], upstream, *given, state, self.mass, target_state, *self.options)  # in place
-            weights = given[0].flatten(0, 1).to(w.dtype)
+            # In place, but for kept logits, which another backward pass may want.
+            out = given[0] if self.make else spare[: given[0].numel()].view(given[0].shape)
+            backward(out, upstream, *given, state, self.mass, target_state, *self.options)
+            weights = out.flatten(0, 1).to(w.dtype)
             if trained and kind == upstream.dtype:
                 _product(weights.t(), self.features, dw[some])
             elif trained:
@@ -159,18 +188,22 @@ def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _implementation(backend: str):
-    def forward(features, *others):
+    def forward(keep, features, *others):
         with torch.autocast(features.device.type, enabled=False):
-            walk = _Walk(backend, features, *others)
-            return walk.losses()
+            walk = _Walk(backend, keep, None, features, *others)
+            return *walk.losses(), walk.room if keep else walk.room.new_empty(0)
 
-    def backward(upstream, state, target_state, trained, features, prototypes, target_features, *others):
+    def backward(
+        upstream, state, target_state, kept, trained, keep, features, prototypes, target_features, *others
+    ):
         # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves
         # the largest of them, |scale| T, just room.
         gain = 2.0 ** (14 - len(target_features).bit_length()) / max(abs(others[2]), 1e-30)
         unit = upstream.abs().amax().clamp(min=1e-30) / gain
         with torch.autocast(features.device.type, enabled=False):
-            walk = _Walk(backend, features, prototypes, target_features, *others)
+            walk = _Walk(
+                backend, keep, kept if keep else None, features, prototypes, target_features, *others
+            )
             df, dw = (x.mul_(unit) for x in walk.gradients(upstream / unit, state, target_state, trained))
         return df.view(features.shape).to(features.dtype), dw.to(prototypes.dtype)
 
@@ -199,20 +232,23 @@ def _serve_backward(*args):
     return backward(*args[:-1])
 
 
-def _fake(features, prototypes, target_features, *rest):
+def _fake(keep, features, prototypes, target_features, *rest):
     (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
-    sizes = (views, batch), (views, batch, 2), (count, batch, 2)
+    kept = (views + count) * batch * len(prototypes) if keep else 0
+    sizes = (views, batch), (views, batch, 2), (count, batch, 2), (kept,)
     return tuple(features.new_empty(size, dtype=work) for size in sizes)
 
 
 _fwd = define(
-    f"head_cross_entropy_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _serve_forward, _fake
+    f"head_cross_entropy_fwd(bool keep, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _serve_forward,
+    _fake,
 )
 _bwd = define(
-    f"head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, bool trained, {_INPUTS}, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    "head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, Tensor kept, bool trained, "
+    f"bool keep, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _serve_backward,
-    lambda upstream, state, target_state, trained, features, prototypes, *rest: (
+    lambda upstream, state, target_state, kept, trained, keep, features, prototypes, *rest: (
         features.new_empty(features.shape),
         prototypes.new_empty(prototypes.shape if trained else 0),
     ),
@@ -221,21 +257,21 @@ _bwd = define(
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, prototypes, target_features, target_prototypes, center, *options):
+    def forward(ctx, keep, features, prototypes, target_features, target_prototypes, center, *options):
         inputs = features, prototypes, target_features, target_prototypes, center
-        loss, *states = _fwd(*inputs, *options)
+        loss, *states = _fwd(keep, *inputs, *options)
         ctx.save_for_backward(*states, *inputs)
-        ctx.options = options
+        ctx.keep, ctx.options = keep, options
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        state, target_state, *inputs = ctx.saved_tensors
-        trained = ctx.needs_input_grad[1]
-        args = upstream.contiguous(), state, target_state, trained, *inputs, *ctx.options
+        state, target_state, kept, *inputs = ctx.saved_tensors
+        trained = ctx.needs_input_grad[2]
+        args = upstream.contiguous(), state, target_state, kept, trained, ctx.keep, *inputs, *ctx.options
         df, dw = _bwd(*args)
-        return df, dw if trained else None, *(None,) * 7
+        return None, df, dw if trained else None, *(None,) * 7
 
 
 def head_cross_entropy(
@@ -271,6 +307,9 @@ def head_cross_entropy(
     backend = _backend.resolve("head_cross_entropy", features.device, features.dtype)
     if backend == "reference" or not features.shape[0] * features.shape[1]:
         return reference(features, prototypes, targets, target_prototypes, center, *options)
+    logits = (len(features) + len(targets)) * features.shape[1] * len(prototypes)
+    keep = logits <= tuning.KEPT[features.device.type] and torch.is_grad_enabled()
+    keep = keep and (features.requires_grad or prototypes.requires_grad)
     return _HeadCrossEntropy.apply(
-        features, prototypes, targets, target_prototypes, center, *options, backend
+        keep, features, prototypes, targets, target_prototypes, center, *options, backend
     )
