@@ -1,5 +1,6 @@
 // Binding of soft_cross_entropy.
-#include <vector>
+#include <algorithm>
+#include <memory>
 
 #include "bind.h"
 #include "cpu/isa.h"
@@ -27,12 +28,13 @@ struct Call {
     p.softmax = softmax, p.skip = skip, p.threads = threads;
     p.state = at<void>(state), p.mass = at<void>(mass), p.target_state = at<void>(target_state);
     const size_t size = p.logits_dtype == Float::f64 ? sizeof(double) : sizeof(float);
-    room.resize(static_cast<size_t>(threads) * static_cast<size_t>((targets + 1) * classes) * size);
-    p.room = room.data();
+    const int64_t parts = std::min<int64_t>(threads, views * batch);
+    room.reset(new char[static_cast<size_t>(parts * (targets + 1) * classes) * size]);
+    p.room = room.get();
   }
 
   SoftCrossEntropy p{};
-  std::vector<char> room;
+  std::unique_ptr<char[]> room;
 };
 
 void forward(Call& call, uintptr_t loss) { SSLFAST_CHOOSE(active_isa(), soft_cross_entropy(call.p, at<void>(loss))); }

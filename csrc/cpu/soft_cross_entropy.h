@@ -21,7 +21,7 @@ struct SoftCrossEntropy {
   void* state;  // [views, batch, 2]: the greatest logit (least for a negative scale) and log2 sum_k 2^(...) above it
   void* mass;   // [views, batch]: W
   void* target_state;  // [targets, batch, 2], with softmax
-  void* room;          // [threads, targets + 1, classes] of the working dtype
+  void* room;          // [min(threads, rows), targets + 1, classes] of the working dtype
   int threads;
 };
 

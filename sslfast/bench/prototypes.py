@@ -184,8 +184,8 @@ def of_heads(student: int, teacher: int, classes: int):
         rows, pulled = (student + teacher) * size, student * size * backward
         features = itemsize * FEATURES * (rows * (1 + backward) + pulled)
         weights = 4 * FEATURES * classes * (2 + 3 * backward)
-        again = rows * classes > tuning.KEPT["cpu"]  # logits that are too many to be kept
-        flops = 2 * classes * FEATURES * (rows + (2 + again) * pulled)  # and both gradients
+        again = rows * backward * (rows * classes > tuning.KEPT["cpu"])  # logits that are too many to be kept
+        flops = 2 * classes * FEATURES * (rows + again + 2 * pulled)  # and both gradients
         return Work(flops, features + weights)
 
     return work

@@ -72,7 +72,7 @@ def dino_head_loss(
     student_temp: float = 0.1,
     teacher_temp: float = 0.04,
 ) -> Tensor:
-    """`dino_loss` of the logits features @ prototypes.T, which never exist as a whole.
+    """`dino_loss` of the logits features @ prototypes.T, which never exist as a whole unless they are few.
 
     Args:
         student_features: [S, B, D], or S tensors [B, D]: what goes into the head's last layer. The first T

@@ -1,17 +1,17 @@
-"""head_cross_entropy: `view_cross_entropy` of logits that are products with prototypes, without those logits.
+"""head_cross_entropy: `view_cross_entropy` of logits that are products with prototypes, without many logits.
 
     s_vbk = <f_vb, w_k>                  q_tb = softmax_k(target_scale (<u_tb, y_k> - center_k))
     loss_vb = -sum_k Q_vbk log softmax_k(scale s_vb),   Q_vb = sum_t q_tb of all t, or all but v
 
 Prototypes come in chunks: two small products give their logits, in cache, and the kernels of
-`soft_cross_entropy` meet those. The forward walk merges cross-entropies and log-sum-exps of the chunks; with
-the latter the backward walk turns the student's logits in place into
+`soft_cross_entropy` meet those. The forward walk merges cross-entropies and log-sum-exps of the chunks, where
+there are several; with the latter the backward walk turns the student's logits into
 
     G = upstream scale (W softmax(scale s) - Q),      df += G w,    dw = G^T f
 
 Summing targets before the products spares attention over the prototypes, and softmax and Q, which are alike
-late in training, are subtracted before anything is rounded. On a CPU up to `tuning.KEPT` logits are kept for
-the backward walk, which is then spared two products of six.
+late in training, are subtracted before anything is rounded. On a CPU up to `tuning.KEPT` logits are kept: the
+kernels then meet all at once, and the backward walk is spared two products of six.
 """
 
 import torch
@@ -52,8 +52,8 @@ class _Walk:
     """
 
     def __init__(
-        self, backend, keep, kept, features, prototypes, target_features, target_prototypes, center,
-        scale, target_scale, skip,
+        self, backend, kept, features, prototypes, target_features, target_prototypes, center, keep, scale,
+        target_scale, skip,
     ) -> None:  # fmt: skip
         (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
         self.count, self.dtype = count, features.dtype
@@ -109,11 +109,11 @@ class _Walk:
         """[S, B], and states of all rows [S, B, 2] and targets [T, B, 2], as the kernels have them. Chunks,
         of which there may be hundreds, are merged in float64."""
         if self.keep or self.step >= len(self.prototypes):
-            *_, (_, _, given) = self.chunks()
-            if self.keep:
-                every = slice(0, len(self.prototypes))
-                logits, targets = (self._of(x, every, every.stop) for x in (self.logits, self.targets))
-                given = self._given(logits, targets, every)
+            for _ in self.chunks():
+                pass
+            every = slice(0, len(self.prototypes))
+            logits, targets = (self._of(x, every, every.stop) for x in (self.logits, self.targets))
+            given = self._given(logits, targets, every)
             loss, state, _, target_state = self.kernels.forward(*given, *self.options)
             return loss, state, target_state
         count, work = self.count, self.mass.dtype
@@ -188,22 +188,21 @@ def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _implementation(backend: str):
-    def forward(keep, features, *others):
+    def forward(features, *others):
         with torch.autocast(features.device.type, enabled=False):
-            walk = _Walk(backend, keep, None, features, *others)
-            return *walk.losses(), walk.room if keep else walk.room.new_empty(0)
+            walk = _Walk(backend, None, features, *others)
+            return *walk.losses(), walk.room if walk.keep else walk.room.new_empty(0)
 
     def backward(
-        upstream, state, target_state, kept, trained, keep, features, prototypes, target_features, *others
+        upstream, state, target_state, kept, trained, features, prototypes, target_features, *others
     ):
         # In float16 weights G might vanish or overflow: they are made with an upstream gradient that leaves
         # the largest of them, |scale| T, just room.
-        gain = 2.0 ** (14 - len(target_features).bit_length()) / max(abs(others[2]), 1e-30)
+        gain = 2.0 ** (14 - len(target_features).bit_length()) / max(abs(others[3]), 1e-30)
         unit = upstream.abs().amax().clamp(min=1e-30) / gain
         with torch.autocast(features.device.type, enabled=False):
-            walk = _Walk(
-                backend, keep, kept if keep else None, features, prototypes, target_features, *others
-            )
+            room = kept if others[2] else None
+            walk = _Walk(backend, room, features, prototypes, target_features, *others)
             df, dw = (x.mul_(unit) for x in walk.gradients(upstream / unit, state, target_state, trained))
         return df.view(features.shape).to(features.dtype), dw.to(prototypes.dtype)
 
@@ -219,7 +218,7 @@ for _name in ("cpu", "triton"):
 _INPUTS = (
     "Tensor features, Tensor prototypes, Tensor target_features, Tensor target_prototypes, Tensor? center"
 )
-_OPTIONS = "float scale, float target_scale, bool skip, str backend"
+_OPTIONS = "bool keep, float scale, float target_scale, bool skip, str backend"
 
 
 def _serve_forward(*args):
@@ -232,23 +231,23 @@ def _serve_backward(*args):
     return backward(*args[:-1])
 
 
-def _fake(keep, features, prototypes, target_features, *rest):
-    (views, batch, _), count, work = features.shape, len(target_features), working_dtype(features)
-    kept = (views + count) * batch * len(prototypes) if keep else 0
+def _fake(features, prototypes, target_features, target_prototypes, center, keep, *rest):
+    (views, batch, _), count, work = features.shape, target_features.shape[0], working_dtype(features)
+    kept = (views + count) * batch * prototypes.shape[0] if keep else 0
     sizes = (views, batch), (views, batch, 2), (count, batch, 2), (kept,)
     return tuple(features.new_empty(size, dtype=work) for size in sizes)
 
 
 _fwd = define(
-    f"head_cross_entropy_fwd(bool keep, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"head_cross_entropy_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _serve_forward,
     _fake,
 )
 _bwd = define(
     "head_cross_entropy_bwd(Tensor upstream, Tensor state, Tensor target_state, Tensor kept, bool trained, "
-    f"bool keep, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _serve_backward,
-    lambda upstream, state, target_state, kept, trained, keep, features, prototypes, *rest: (
+    lambda upstream, state, target_state, kept, trained, features, prototypes, *rest: (
         features.new_empty(features.shape),
         prototypes.new_empty(prototypes.shape if trained else 0),
     ),
@@ -257,21 +256,21 @@ _bwd = define(
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keep, features, prototypes, target_features, target_prototypes, center, *options):
+    def forward(ctx, features, prototypes, target_features, target_prototypes, center, *options):
         inputs = features, prototypes, target_features, target_prototypes, center
-        loss, *states = _fwd(keep, *inputs, *options)
+        loss, *states = _fwd(*inputs, *options)
         ctx.save_for_backward(*states, *inputs)
-        ctx.keep, ctx.options = keep, options
+        ctx.options = options
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         state, target_state, kept, *inputs = ctx.saved_tensors
-        trained = ctx.needs_input_grad[2]
-        args = upstream.contiguous(), state, target_state, kept, trained, ctx.keep, *inputs, *ctx.options
+        trained = ctx.needs_input_grad[1]
+        args = upstream.contiguous(), state, target_state, kept, trained, *inputs, *ctx.options
         df, dw = _bwd(*args)
-        return None, df, dw if trained else None, *(None,) * 7
+        return df, dw if trained else None, *(None,) * 8
 
 
 def head_cross_entropy(
@@ -307,9 +306,10 @@ def head_cross_entropy(
     backend = _backend.resolve("head_cross_entropy", features.device, features.dtype)
     if backend == "reference" or not features.shape[0] * features.shape[1]:
         return reference(features, prototypes, targets, target_prototypes, center, *options)
-    logits = (len(features) + len(targets)) * features.shape[1] * len(prototypes)
-    keep = logits <= tuning.KEPT[features.device.type] and torch.is_grad_enabled()
-    keep = keep and (features.requires_grad or prototypes.requires_grad)
+    logits, keep = (features.shape[0] + targets.shape[0]) * features.shape[1] * prototypes.shape[0], False
+    if torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad):
+        if logits <= tuning.KEPT[features.device.type]:  # a branch: under torch.compile no symbol
+            keep = True
     return _HeadCrossEntropy.apply(
-        keep, features, prototypes, targets, target_prototypes, center, *options, backend
+        features, prototypes, targets, target_prototypes, center, keep, *options, backend
     )

@@ -77,6 +77,7 @@ HEAD_CASES: list[HeadCase] = [
     _H("logits 1000", size=10.0),
     _H("float32 prototypes", prototypes="float32"),
     _H("several chunks", 5, 2, 12, 700, 8, 8),
+    _H("many prototypes", 3, 2, 2, 9001, 8, 8),
 ]
 
 
