@@ -57,9 +57,8 @@ def times(value: float) -> str:
 def fastest(texts: list[str], rows: list[Row]) -> list[str]:
     """The texts of these rows, which have no "ms" where it was not timed, the fastest's in bold."""
     best = min((row["ms"] for row in rows if "ms" in row), default=None)
-    return [
-        f"**{text}**" if row.get("ms", ...) == best else text for text, row in zip(texts, rows, strict=True)
-    ]
+    pairs = zip(texts, rows, strict=True)
+    return [f"**{text}**" if row.get("ms", ...) == best else text for text, row in pairs]
 
 
 # sslfast bench.
@@ -80,9 +79,7 @@ def ops(device: str = CPU, every: bool = False) -> str:
     """every: size of an op, not its largest alone."""
     whole = read("bench", device)
     cases = {case: own for case, own in by_case(whole).items() if "ms" in own.get("sslfast", {})}
-    places = {
-        (case.op, case.variant): i for i, case in enumerate(CASES)
-    }  # those measured last are at the file's end
+    places = {(case.op, case.variant): i for i, case in enumerate(CASES)}  # in a file the newest are last
     cases = dict(sorted(cases.items(), key=lambda item: places.get(item[0][:2], len(places))))
     last = {(op, variant, dtype): shape for op, variant, shape, dtype in cases}
     lines = []
@@ -250,9 +247,7 @@ def steps(device: str = CPU) -> str:
         if "ms" not in ours:
             continue
         rows = [*(own.get(name, {}) for name in ("plain", "lightly")), ours]
-        rates = [
-            rate(row["images_per_second"]) if "ms" in row else row.get("why_not_timed", "") for row in rows
-        ]
+        rates = [rate(x["images_per_second"]) if "ms" in x else x.get("why_not_timed", "") for x in rows]
         share = {name: value for name, value in ours.get("budget", {}).items() if value >= 0.005}
         budget = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
         peaks = [row.get("peak_mib", "-") for row in rows]
