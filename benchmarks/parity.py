@@ -277,13 +277,8 @@ def spread(values: list[float]) -> dict:
         sd = round(statistics.stdev(values), 6)
         half = t.ppf(0.975, n - 1) * sd * math.sqrt(1 + 1 / n)
         interval = digits([middle - half, middle + half])
-    return {
-        "mean": round(middle, 6),
-        "sd": sd,
-        "least": min(values),
-        "greatest": max(values),
-        "interval": interval,
-    }
+    least, greatest = min(values), max(values)
+    return {"mean": round(middle, 6), "sd": sd, "least": least, "greatest": greatest, "interval": interval}
 
 
 def show(name: str, found: dict, console: Console) -> None:
